@@ -1,0 +1,41 @@
+# Everything a newcomer runs: `make demo` and `make test`. The rest is what CI runs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# On a machine with an NVIDIA driver the default wheel of torch brings CUDA; elsewhere the CPU wheel is pinned first,
+# so that nothing pulls gigabytes of CUDA libraries.
+TORCH := $(if $(shell command -v nvidia-smi 2>/dev/null),torch>=2.11,torch==2.13.0)
+
+.PHONY: demo test lint types contracts check proto clean
+
+$(BIN)/.installed: pyproject.toml setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip setuptools wheel
+	$(BIN)/pip install --quiet $(TORCH_INDEX) "$(TORCH)"
+	$(BIN)/pip install --quiet --no-build-isolation --editable ".[dev]"
+	touch $@
+
+demo: $(BIN)/.installed
+	$(BIN)/python examples/demo.py
+
+test: $(BIN)/.installed
+	$(BIN)/pytest
+
+lint: $(BIN)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(BIN)/.installed
+	mkdir -p build/mypy && ln -sfn ../.. build/mypy/fuseline
+	cd build/mypy && $(CURDIR)/$(BIN)/mypy --config-file ../../pyproject.toml fuseline
+
+contracts: $(BIN)/.installed
+	$(BIN)/lint-imports
+
+check: lint types contracts
+
+proto: $(BIN)/.installed
+	$(BIN)/python proto/generate.py
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

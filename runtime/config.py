@@ -1,0 +1,99 @@
+"""One frozen, typed configuration tree; ``auto`` values are resolved before it is built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .errors import InvalidArgumentError
+from .sharding import ModelShape, ParallelConfig, check_shardable
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What engine, router and wire need to know of a model; no tensors, no paths.
+
+    Attributes:
+        name: the name it is served under.
+        fingerprint: hex SHA-256 over configuration and weight files; equal only for equal models.
+        dtype: of weights and KV cache, by torch's name without ``torch.``: "bfloat16", "float16" or "float32".
+        max_model_len: most tokens, prompt and output together, that a sequence may have.
+        eos_token_ids: each ends a sequence unless ``ignore_eos``.
+    """
+
+    name: str
+    fingerprint: str
+    shape: ModelShape
+    dtype: str
+    max_model_len: int
+    eos_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CacheConfig:
+    """The paged KV pool of one group; every rank holds the same block ids for its own layers and heads."""
+
+    num_blocks: int
+    block_size: int = 16
+    enable_prefix_caching: bool = True
+
+    def __post_init__(self) -> None:
+        _check_range("num_blocks", self.num_blocks, 1, 2**31 - 1)
+        _check_range("block_size", self.block_size, 1, 1024)
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """Limits of one engine step.
+
+    Attributes:
+        max_num_seqs: most sequences that run at once; also the number of rows in every per-step buffer.
+        max_num_batched_tokens: token budget of a step; decodes are served first, prefill chunks fill the rest.
+        max_num_queued: most requests that wait; one more is refused with ResourceExhaustedError.
+    """
+
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    max_num_queued: int = 4096
+
+    def __post_init__(self) -> None:
+        _check_range("max_num_seqs", self.max_num_seqs, 1, 65536)
+        _check_range("max_num_batched_tokens", self.max_num_batched_tokens, 1, 2**20)
+        _check_range("max_num_queued", self.max_num_queued, 1, 2**20)
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise InvalidArgumentError(
+                f"max_num_batched_tokens={self.max_num_batched_tokens} is less than max_num_seqs={self.max_num_seqs}:"
+                " a step could not serve every running decode",
+                field="max_num_batched_tokens",
+                value=self.max_num_batched_tokens,
+                limit=self.max_num_seqs,
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Everything an engine decides by.
+
+    Raises:
+        ModelFormatError: the model's shape cannot be cut as ``parallel`` asks.
+    """
+
+    model: ModelInfo
+    cache: CacheConfig
+    scheduler: SchedulerConfig = SchedulerConfig()
+    parallel: ParallelConfig = ParallelConfig()
+
+    def __post_init__(self) -> None:
+        check_shardable(self.model.shape, self.parallel)
+        _check_range("max_model_len", self.model.max_model_len, 1, 2**24)
+
+    @property
+    def max_blocks_per_seq(self) -> int:
+        """Width of a block table."""
+        return -(-self.model.max_model_len // self.cache.block_size)
+
+
+def _check_range(name: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise InvalidArgumentError(
+            f"{name} must be between {low} and {high}, got {value}", field=name, value=value, limit=f"{low}..{high}"
+        )

@@ -1,0 +1,8 @@
+"""Maps the repository's root to the package ``fuseline``; everything else is in ``pyproject.toml``."""
+
+from setuptools import find_packages, setup
+
+PARTS = ("runtime", "kernels", "collectives", "workers", "cluster", "proto")
+SUBPACKAGES = find_packages(include=[pattern for part in PARTS for pattern in (part, f"{part}.*")])
+
+setup(packages=["fuseline", *(f"fuseline.{name}" for name in SUBPACKAGES)])
