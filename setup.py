@@ -5,4 +5,7 @@ from setuptools import find_packages, setup
 PARTS = ("runtime", "kernels", "collectives", "workers", "cluster", "proto")
 SUBPACKAGES = find_packages(include=[pattern for part in PARTS for pattern in (part, f"{part}.*")])
 
-setup(packages=["fuseline", *(f"fuseline.{name}" for name in SUBPACKAGES)])
+setup(
+    script_name="setup.py",  # so that the build leaves this very file out of the package
+    packages=["fuseline", *(f"fuseline.{name}" for name in SUBPACKAGES)],
+)
