@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -89,6 +90,18 @@ class SamplingParams:
     def greedy(self) -> bool:
         """Whether the most likely token is taken, without randomness."""
         return self.temperature == 0.0
+
+
+def child_seed(seed: int, index: int) -> int:
+    """Seed of the ``index``-th of a request's ``n`` sequences.
+
+    The first one keeps ``seed``, so that it equals a request with ``n=1``. The others are hashed, not counted up: else
+    the second sequence of seed 7 would be the first one of seed 8.
+    """
+    if index == 0:
+        return seed
+    digest = hashlib.sha256(f"{seed}/{index}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") & MAX_SEED
 
 
 def _check_int(name: str, value: object, low: int, high: int | None) -> None:
