@@ -8,6 +8,13 @@ from .errors import InvalidArgumentError
 from .sharding import ModelShape, ParallelConfig, check_shardable
 
 
+def _check_range(name: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise InvalidArgumentError(
+            f"{name} must be between {low} and {high}, got {value}", field=name, value=value, limit=f"{low}..{high}"
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
     """What engine, router and wire need to know of a model; no tensors, no paths.
@@ -90,10 +97,3 @@ class EngineConfig:
     def max_blocks_per_seq(self) -> int:
         """Width of a block table."""
         return -(-self.model.max_model_len // self.cache.block_size)
-
-
-def _check_range(name: str, value: int, low: int, high: int) -> None:
-    if not low <= value <= high:
-        raise InvalidArgumentError(
-            f"{name} must be between {low} and {high}, got {value}", field=name, value=value, limit=f"{low}..{high}"
-        )

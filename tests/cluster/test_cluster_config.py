@@ -1,0 +1,97 @@
+from collections.abc import Callable
+from typing import Any
+
+import msgpack
+import pytest
+
+from fuseline.cluster.cluster_config import ClusterConfig, EngineLimits, PoolConfig, is_loopback
+from fuseline.runtime.errors import InvalidArgumentError
+from fuseline.runtime.role import WorkerRole
+from fuseline.runtime.sharding import ParallelConfig
+
+
+def test_it_crosses_processes_unchanged() -> None:
+    config = ClusterConfig(
+        model="some/model",
+        device="cuda",
+        prefill=PoolConfig(0),
+        decode=PoolConfig(3, ParallelConfig(2, 2), num_cpus_per_rank=2),
+        limits=EngineLimits(max_model_len=512, num_blocks=99),
+        port=0,
+        allow_cross_node_tp=True,
+    )
+    assert ClusterConfig.from_wire(config.to_wire()) == config
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tree: tree.pop("model"),
+        lambda tree: tree.update(extra=1),
+        lambda tree: tree.update(port="80"),
+        lambda tree: tree.update(port=True),
+        lambda tree: tree.update(allow_cross_node_tp=1),
+        lambda tree: tree["decode"].update(num_replicas=None),
+        lambda tree: tree["decode"]["parallel"].update(tensor_parallel_size=0),
+        lambda tree: tree.update(limits=[1]),
+    ],
+)
+def test_a_malformed_wire_form_is_refused(change: Callable[[dict[str, Any]], object]) -> None:
+    tree = msgpack.unpackb(ClusterConfig().to_wire())
+    change(tree)
+    with pytest.raises(InvalidArgumentError):
+        ClusterConfig.from_wire(msgpack.packb(tree))
+
+
+def test_bytes_that_are_not_msgpack_are_refused() -> None:
+    with pytest.raises(InvalidArgumentError, match="not msgpack"):
+        ClusterConfig.from_wire(b"\xc1")
+
+
+@pytest.mark.parametrize(
+    ("build", "field"),
+    [
+        (lambda: ClusterConfig(dtype="int3"), "dtype"),
+        (lambda: ClusterConfig(device="tpu"), "device"),
+        (lambda: ClusterConfig(decode=PoolConfig(0)), "decode"),
+        (lambda: PoolConfig(-1), "num_replicas"),
+        (lambda: PoolConfig(1025), "num_replicas"),
+        (lambda: PoolConfig(num_cpus_per_rank=0), "num_cpus_per_rank"),
+        (lambda: ClusterConfig(model=""), "model"),
+        (lambda: ClusterConfig(host=""), "host"),
+        (lambda: ClusterConfig(port=65536), "port"),
+        (lambda: ClusterConfig(start_timeout_s=0), "start_timeout_s"),
+        (lambda: EngineLimits(max_model_len=0), "max_model_len"),
+        (lambda: EngineLimits(num_blocks=0), "num_blocks"),
+        (lambda: EngineLimits(max_num_seqs=0), "max_num_seqs"),
+        (lambda: EngineLimits(max_num_seqs=64, max_num_batched_tokens=32), "max_num_batched_tokens"),
+        (lambda: EngineLimits(gpu_memory_utilization=1.5), "gpu_memory_utilization"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_name(build: Callable[[], object], field: str) -> None:
+    with pytest.raises(InvalidArgumentError) as caught:
+        build()
+    assert caught.value.details["field"] == field
+    assert caught.value.details["value"] in caught.value.message or caught.value.details["value"] == ""
+
+
+def test_cpu_share_follows_the_device_unless_stated() -> None:
+    config = ClusterConfig(prefill=PoolConfig(num_cpus_per_rank=2))
+    assert config.on("cpu").num_cpus_per_rank(WorkerRole.DECODE) == 0.25
+    assert config.on("cuda").num_cpus_per_rank(WorkerRole.MIXED) == 1
+    assert config.on("cuda").num_cpus_per_rank(WorkerRole.PREFILL) == 2
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        ("127.0.0.1", True),
+        ("::1", True),
+        ("localhost", True),
+        ("192.168.1.1", False),
+        ("10.0.0.7", False),
+        ("box", False),
+    ],
+)
+def test_loopback_is_recognised(host: str, expected: bool) -> None:
+    assert is_loopback(host) is expected
