@@ -1,7 +1,7 @@
 """Chooses the workers of a sequence: snapshots in, decision out. Pure; the dispatcher and the simulator call it.
 
 Every eligible replica is scored (power of *all* choices: a pool is tens of replicas, so sampling two saves nothing),
-and the cheapest decode worker with the cheapest way to compute the prompt wins. Everything is in *tokens of work*, the
+and the cheapest decode worker with the cheapest way to compute the prompt wins. The unit is *tokens of work*, the
 work of computing one prompt token:
 
     decode worker    expected output tokens * num_seqs there                  it shares their steps
