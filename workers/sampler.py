@@ -1,0 +1,261 @@
+"""Chooses tokens from logits.
+
+The choice for a row depends on its logits, its options, its tokens, its seed and its position, and on nothing else:
+not on the batch around it, the number of threads, or the order of a reduction. Two ideas make that so.
+
+*Counter-based randomness.* The uniform number of a position is a hash of (seed, position), so whoever holds the same
+tokens continues with the same choice.
+
+*Fixed-point probabilities.* ``exp(logit - max)`` is rounded to an integer number of 2**-44ths. Integer sums are exact
+in any order and on any device, so totals, cumulative sums, top-p masses and log-normalisers cannot depend on how a
+library splits a reduction. A token less likely than 3e-14 of the most likely one is never drawn.
+
+Order of operations, as in vLLM: logprobs are taken from the raw logits; then min_tokens, logit_bias, repetition,
+frequency and presence penalties; then, unless greedy, temperature, min_p, top_k, top_p. Equally likely tokens at the
+edge of a top-k or top-p set go by token id, and so ``top_k=1`` is greedy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..runtime.plan import Int32Array
+from ..runtime.request import TokenLogprobs
+from ..runtime.sampling_params import SamplingParams
+
+NO_TOKEN = -1
+"""Stands for the token of a row whose logits are not finite."""
+
+_ONE = 2.0**44  # weight of the most likely token; times 2**18 tokens it still fits int64
+_CHUNK_ELEMENTS = 1 << 22  # float64 and int64 temporaries stay below some 100 MiB
+_TOP_CANDIDATES = 1024  # top-p looks at so many tokens before it sorts the whole vocabulary
+
+
+@dataclass(slots=True)
+class SamplingRow:
+    """What the sampler must know of one sequence. The model runner grows ``num_tokens`` as tokens are appended.
+
+    Attributes:
+        tokens: int32, prompt and outputs; entries from ``num_tokens`` on mean nothing.
+        num_tokens: tokens known, which is also the position of the token to be sampled.
+        seed: in ``[0, 2**63)``.
+    """
+
+    params: SamplingParams
+    seed: int
+    tokens: Int32Array
+    num_tokens: int
+    num_prompt_tokens: int
+    plain_greedy: bool = field(init=False)
+    edits: bool = field(init=False)
+    bias: tuple[Tensor, Tensor] | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        params = self.params
+        penalised = (
+            params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
+        )
+        self.edits = penalised or bool(params.logit_bias) or params.min_tokens > 0
+        self.plain_greedy = params.greedy and not self.edits and params.logprobs is None
+        if params.logit_bias:
+            ids = torch.tensor(list(params.logit_bias.keys()), dtype=torch.int64)
+            self.bias = ids, torch.tensor(list(params.logit_bias.values()), dtype=torch.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """Tokens of a batch, still on the device that computed them.
+
+    Attributes:
+        token_ids: int64[n]; ``NO_TOKEN`` where the logits are not finite.
+        logprobs: by index in the batch, for rows that asked.
+    """
+
+    token_ids: Tensor
+    logprobs: dict[int, TokenLogprobs]
+
+
+class Sampler:
+    """Stateless but for the model's end-of-sequence ids, which ``min_tokens`` bans."""
+
+    def __init__(self, eos_token_ids: Sequence[int]) -> None:
+        self._eos_token_ids = tuple(eos_token_ids)
+
+    def sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> Sampled:
+        """Choose one token per row.
+
+        Args:
+            logits: float32 [n, vocab_size]; not changed.
+            rows: n, in the same order.
+        """
+        if all(row.plain_greedy for row in rows):
+            return Sampled(_greedy(logits), {})
+        num_rows = max(1, _CHUNK_ELEMENTS // logits.shape[1])
+        parts = [
+            self._sample_chunk(logits[start : start + num_rows], rows[start : start + num_rows])
+            for start in range(0, len(rows), num_rows)
+        ]
+        token_ids = torch.cat(parts)
+        return Sampled(token_ids, _sampled_logprobs(logits, token_ids, rows))
+
+    def _sample_chunk(self, logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+        if any(row.edits for row in rows):
+            logits = logits.clone()
+            for i, row in enumerate(rows):
+                if row.edits:
+                    self._edit(logits[i], row)
+        token_ids = _greedy(logits)
+        random = [i for i, row in enumerate(rows) if not row.params.greedy]
+        if random:
+            some = logits if len(random) == len(rows) else logits[random]
+            drawn = _draw(some, [rows[i] for i in random])
+            token_ids[random] = torch.where(token_ids[random] == NO_TOKEN, NO_TOKEN, drawn)
+        return token_ids
+
+    def _edit(self, logits: Tensor, row: SamplingRow) -> None:
+        """Apply bans, biases and penalties to one row of logits, in place."""
+        params, device = row.params, logits.device
+        if row.num_tokens - row.num_prompt_tokens < params.min_tokens:
+            banned = sorted({*self._eos_token_ids, *params.stop_token_ids})
+            logits[banned] = -torch.inf
+        if row.bias is not None:
+            ids, values = (part.to(device) for part in row.bias)
+            logits[ids] += values
+        if params.repetition_penalty != 1.0:
+            seen = torch.from_numpy(np.unique(row.tokens[: row.num_tokens])).to(device, torch.int64)
+            values = logits[seen]
+            penalty = params.repetition_penalty
+            logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
+        if params.frequency_penalty != 0.0 or params.presence_penalty != 0.0:
+            outputs = row.tokens[row.num_prompt_tokens : row.num_tokens]
+            ids_np, counts = np.unique(outputs, return_counts=True)
+            penalty_np = (counts * params.frequency_penalty + params.presence_penalty).astype(np.float32)
+            logits[torch.from_numpy(ids_np).to(device, torch.int64)] -= torch.from_numpy(penalty_np).to(device)
+
+
+def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: Sequence[int]) -> list[TokenLogprobs]:
+    """Logprobs of given tokens under the raw distribution of each row.
+
+    Args:
+        logits: float32 [n, vocab_size].
+        token_ids: int64[n] on the same device.
+        num_top: how many of the most likely tokens each row lists beside its own; the vocabulary's size bounds it.
+    """
+    result: list[TokenLogprobs] = []
+    num_rows = max(1, _CHUNK_ELEMENTS // logits.shape[1])
+    for start in range(0, len(num_top), num_rows):
+        part = slice(start, start + num_rows)
+        result += _chunk_logprobs(logits[part], token_ids[part], num_top[part])
+    return result
+
+
+def uniforms(seeds: Sequence[int], positions: Sequence[int]) -> NDArray[np.float64]:
+    """Numbers in [0, 1), each a function of its seed and position alone: 53 bits of a twice-mixed SplitMix64."""
+    golden = np.uint64(0x9E3779B97F4A7C15)
+    with np.errstate(over="ignore"):
+        key = _mix(np.asarray(seeds, np.uint64) + golden)
+        bits = _mix(key + (np.asarray(positions, np.uint64) + np.uint64(1)) * golden)
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _greedy(logits: Tensor) -> Tensor:
+    best, token_ids = logits.max(dim=-1)
+    return torch.where(torch.isfinite(best), token_ids, NO_TOKEN)
+
+
+def _weights(logits: Tensor, temperatures: Tensor | None) -> Tensor:
+    """Fixed-point probabilities relative to the most likely token, int64 [n, vocab_size]."""
+    x = logits.double()
+    x -= x.amax(dim=-1, keepdim=True)
+    if temperatures is not None:
+        x /= temperatures
+    return x.exp_().mul_(_ONE).round_().long()
+
+
+def _draw(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """Sample rows by inverting the cumulative distribution in vocabulary order."""
+    device = logits.device
+    params = [row.params for row in rows]
+    temperatures = torch.tensor([p.temperature for p in params], dtype=torch.float64, device=device)
+    weights = _weights(logits, temperatures[:, None])
+    if any(p.min_p > 0.0 for p in params):
+        least = torch.tensor([p.min_p for p in params], dtype=torch.float64, device=device)
+        weights.masked_fill_(weights < (least * _ONE).ceil().long()[:, None], 0)
+    filtered = [i for i, p in enumerate(params) if p.top_k > 0 or p.top_p < 1.0]
+    if filtered:
+        weights[filtered] = _keep_top(weights[filtered], [params[i] for i in filtered], _TOP_CANDIDATES)
+    cumulative = weights.cumsum(dim=-1)
+    total = cumulative[:, -1]
+    uniform = torch.from_numpy(uniforms([row.seed for row in rows], [row.num_tokens for row in rows])).to(device)
+    # Rounding may lift the product to the total itself, where no token is.
+    target = torch.minimum((uniform * total.double()).long(), total - 1)
+    return torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
+
+
+def _keep_top(weights: Tensor, params: Sequence[SamplingParams], num_candidates: int) -> Tensor:
+    """Zero all but each row's top-k and, of those, the fewest that hold top-p of their mass."""
+    vocab_size, device = weights.shape[1], weights.device
+    top_k = [p.top_k if 0 < p.top_k < vocab_size else vocab_size for p in params]
+    num_sorted = min(vocab_size, max([num_candidates, *(k for k in top_k if k < vocab_size)]))
+    values = weights.topk(num_sorted, dim=-1).values
+    cumulative = values.cumsum(dim=-1)
+    k = torch.tensor(top_k, device=device)
+    mass = torch.where(
+        k <= num_sorted,
+        cumulative.gather(1, (k.clamp(max=num_sorted) - 1)[:, None])[:, 0],
+        weights.sum(dim=-1),
+    )
+    top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device)
+    num_kept = (cumulative < (top_p * mass.double()).ceil().long()[:, None]).sum(dim=-1) + 1
+    num_kept = torch.minimum(torch.where(top_p < 1.0, num_kept, k), k)
+    if num_sorted < vocab_size and bool((num_kept > num_sorted).any()):
+        return _keep_top(weights, params, vocab_size)
+    edge = values.gather(1, (num_kept - 1)[:, None])
+    above = weights > edge
+    ties = weights == edge
+    ties &= ties.cumsum(dim=-1) <= (num_kept - above.sum(dim=-1))[:, None]
+    return weights.masked_fill_(~(above | ties), 0)
+
+
+def _sampled_logprobs(logits: Tensor, token_ids: Tensor, rows: Sequence[SamplingRow]) -> dict[int, TokenLogprobs]:
+    asked = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
+    if not asked:
+        return {}
+    asked = [i for i, token_id in zip(asked, token_ids[asked].tolist(), strict=True) if token_id != NO_TOKEN]
+    num_top = [rows[i].params.logprobs or 0 for i in asked]
+    return dict(zip(asked, token_logprobs(logits[asked], token_ids[asked], num_top), strict=True))
+
+
+def _chunk_logprobs(logits: Tensor, token_ids: Tensor, num_top: Sequence[int]) -> list[TokenLogprobs]:
+    best = logits.amax(dim=-1).double()
+    log_total = best + (_weights(logits, None).sum(dim=-1).double() / _ONE).log()
+    own = logits.gather(1, token_ids[:, None])
+    ranks = (logits > own).sum(dim=-1) + 1
+    own_logprobs = own[:, 0].double() - log_total
+    most = min(max(num_top), logits.shape[1])
+    # Sort keys unique in a row, so that ties go by token id on every device: ordered float bits, then reversed id.
+    bits = (logits + 0.0).view(torch.int32).long()
+    bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    keys = (bits << 32) + torch.arange(2**32 - 1, 2**32 - 1 - logits.shape[1], -1, device=logits.device)
+    top_ids = 2**32 - 1 - (keys.topk(most, dim=-1).values & 0xFFFFFFFF)
+    top_logprobs = logits.gather(1, top_ids).double() - log_total[:, None]
+    columns = (token_ids, own_logprobs, ranks, top_ids, top_logprobs)
+    return [
+        TokenLogprobs(token_id, logprob, rank, tuple(zip(ids[:count], values[:count], strict=True)))
+        for token_id, logprob, rank, ids, values, count in zip(
+            *(column.tolist() for column in columns), num_top, strict=True
+        )
+    ]
