@@ -1,0 +1,331 @@
+"""The ops: one signature each, checked here, computed by an implementation behind it.
+
+A model calls ``plan_attention`` and ``rotary_cos_sin`` once per step, ``embedding``, then per layer
+``attention_block`` and ``mlp_block``, then ``head``. The block ops keep the residual stream apart from the last
+block's output: each takes ``(residual, delta)``, works on ``residual + delta``, and returns that sum and its own
+``delta``. With tensor parallelism ``delta`` is a partial sum, and the caller all-reduces it between the blocks; so an
+implementation may fuse a whole block, from the addition to the output projection, into one kernel.
+
+The single ops are the pieces of those blocks. Every op checks shapes, dtypes and devices before it computes anything
+and raises KernelArgumentError; what only the values can tell (a block id out of range) is the caller's promise.
+Unless stated otherwise an op changes none of its arguments. Letters in shapes are those of ``kernels.types``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from .errors import KernelArgumentError
+from .reference import attention, blocks, dense
+from .reference.attention import AttentionPlan, KvGeometry
+from .types import FLOAT_DTYPES, AttentionSpec, AttentionWeights, MlpWeights, StepMetadata
+
+Tensor = torch.Tensor
+
+__all__ = [
+    "AttentionPlan",
+    "AttentionSpec",
+    "AttentionWeights",
+    "KernelArgumentError",
+    "MlpWeights",
+    "StepMetadata",
+    "add_rms_norm",
+    "attention_block",
+    "embedding",
+    "gather_rows",
+    "head",
+    "kv_store",
+    "linear",
+    "mlp_block",
+    "paged_attention",
+    "plan_attention",
+    "rms_norm",
+    "rotary_cos_sin",
+    "rotary_embedding",
+    "silu_and_mul",
+]
+
+
+def embedding(token_ids: Tensor, weight: Tensor, vocab_start: int, vocab_size: int) -> Tensor:
+    """Rows of a vocabulary shard; zeros for tokens that live on other shards, so that the shards' results add up.
+
+    Args:
+        token_ids: int64[T], each in ``[0, vocab_size)``.
+        weight: [V, H], rows ``[vocab_start, vocab_start + V)`` of the table.
+
+    Returns:
+        [T, H], of the dtype of ``weight``.
+    """
+    _check_index("token_ids", token_ids, weight)
+    _check_dims("weight", weight, 2)
+    if not 0 <= vocab_start <= vocab_start + weight.shape[0] <= vocab_size:
+        raise KernelArgumentError(f"rows {vocab_start}+{weight.shape[0]} are outside a vocabulary of {vocab_size}")
+    return dense.embedding(token_ids, weight, vocab_start, vocab_size)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``x / sqrt(mean(x**2) + eps) * weight`` over the last dimension.
+
+    Args:
+        x: [..., n].
+        weight: [n], of the same dtype.
+    """
+    _check_last("x", x, weight)
+    return dense.rms_norm(x, weight, eps)
+
+
+def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """``x + delta`` (``x`` itself when there is no delta), and its RMSNorm."""
+    _check_last("x", x, weight)
+    _check_delta(x, delta)
+    return dense.add_rms_norm(x, delta, weight, eps)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias``.
+
+    Args:
+        x: [..., in].
+        weight: [out, in].
+        bias: [out].
+    """
+    _check_dims("weight", weight, 2)
+    _check_last("x", x, weight)
+    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
+        raise KernelArgumentError(f"bias {tuple(bias.shape)} {bias.dtype} does not fit weight {tuple(weight.shape)}")
+    return dense.linear(x, weight, bias)
+
+
+def rotary_cos_sin(positions: Tensor, inv_freq: Tensor, scaling: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of ``positions * inv_freq``, times ``scaling``.
+
+    Args:
+        positions: int64[T].
+        inv_freq: float32[D / 2], or [T, D / 2] when frequencies differ by token.
+
+    Returns:
+        Two of float32[T, D / 2].
+    """
+    _check_index("positions", positions, inv_freq)
+    if inv_freq.dtype != torch.float32 or inv_freq.dim() not in (1, 2):
+        raise KernelArgumentError(f"inv_freq must be float32 [D/2] or [T, D/2], got {_describe(inv_freq)}")
+    if inv_freq.dim() == 2 and inv_freq.shape[0] != positions.shape[0]:
+        raise KernelArgumentError(f"inv_freq has {inv_freq.shape[0]} rows for {positions.shape[0]} positions")
+    return dense.rotary_cos_sin(positions, inv_freq, scaling)
+
+
+def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate pairs ``(i, i + D/2)`` of every head (the NeoX, or half-split, layout).
+
+    Args:
+        x: [T, heads, D].
+        cos, sin: float32[T, D / 2].
+    """
+    _check_dims("x", x, 3)
+    expected = (x.shape[0], x.shape[2] // 2)
+    if x.shape[2] % 2 or tuple(cos.shape) != expected or tuple(sin.shape) != expected:
+        raise KernelArgumentError(f"x {tuple(x.shape)} needs cos and sin {expected}, got {tuple(cos.shape)}")
+    return dense.rotary_embedding(x, cos, sin)
+
+
+def silu_and_mul(x: Tensor) -> Tensor:
+    """``silu(gate) * up`` where ``x`` [..., 2 * n] holds gate, then up."""
+    if x.shape[-1] % 2:
+        raise KernelArgumentError(f"the last dimension must be even, got {x.shape[-1]}")
+    return dense.silu_and_mul(x)
+
+
+def gather_rows(x: Tensor, indices: Tensor) -> Tensor:
+    """Rows ``indices`` int64[S] of ``x`` [T, ...]: the positions whose logits are wanted."""
+    _check_index("indices", indices, x)
+    return x.index_select(0, indices)
+
+
+def plan_attention(
+    step: StepMetadata, kv_cache: Tensor, windows: Iterable[int | None], dtype: torch.dtype
+) -> AttentionPlan:
+    """Prepare a step's metadata for the attention of all layers. Call once per step.
+
+    Args:
+        kv_cache: [layers, 2, num_blocks, K, block_size, D]; only its shape is used.
+        windows: the sliding windows that occur among the layers.
+        dtype: of the queries.
+
+    Returns:
+        Valid for this step and caches of this shape only; holds on to the step's tensors.
+    """
+    _check_step(step, kv_cache)
+    return attention.plan_attention(step, KvGeometry.of(kv_cache[0]), windows, dtype)
+
+
+def kv_store(key: Tensor, value: Tensor, kv_layer: Tensor, plan: AttentionPlan) -> None:
+    """Write the step's keys and values into their slots. Changes ``kv_layer``.
+
+    Args:
+        key, value: [T, K, D].
+        kv_layer: [2, num_blocks, K, block_size, D], contiguous; keys, then values.
+    """
+    _check_layer(kv_layer, plan)
+    expected = (plan.step.num_tokens, plan.geometry.num_kv_heads, plan.geometry.head_dim)
+    for name, tensor in (("key", key), ("value", value)):
+        if tuple(tensor.shape) != expected or tensor.dtype != kv_layer.dtype or tensor.device != kv_layer.device:
+            raise KernelArgumentError(f"{name} must be {expected} {kv_layer.dtype}, got {_describe(tensor)}")
+    attention.kv_store(key, value, kv_layer, plan)
+
+
+def paged_attention(
+    query: Tensor, kv_layer: Tensor, plan: AttentionPlan, scale: float, sliding_window: int | None = None
+) -> Tensor:
+    """Causal attention of the step's queries over their sequences' KV, the step's own tokens included.
+
+    Query head ``h`` uses KV head ``h // (N / K)``. Nothing outside a context is read into the result, NaN included.
+
+    Args:
+        query: [T, N, D].
+        kv_layer: as for ``kv_store``, the step's KV already stored.
+        sliding_window: one of those the plan was made for.
+
+    Returns:
+        [T, N, D].
+    """
+    _check_layer(kv_layer, plan)
+    heads, head_dim = plan.geometry.num_kv_heads, plan.geometry.head_dim
+    if query.dim() != 3 or query.shape[0] != plan.step.num_tokens or query.shape[1] % heads:
+        raise KernelArgumentError(f"query must be [{plan.step.num_tokens}, n * {heads}, D], got {_describe(query)}")
+    if query.shape[2] != head_dim or query.dtype != kv_layer.dtype or query.device != kv_layer.device:
+        raise KernelArgumentError(f"query {_describe(query)} does not fit the cache {_describe(kv_layer)}")
+    _check_window(sliding_window, plan)
+    return attention.paged_attention(query, kv_layer, plan, scale, sliding_window)
+
+
+def attention_block(
+    residual: Tensor,
+    delta: Tensor | None,
+    weights: AttentionWeights,
+    spec: AttentionSpec,
+    rotary: tuple[Tensor, Tensor],
+    kv_layer: Tensor,
+    plan: AttentionPlan,
+) -> tuple[Tensor, Tensor]:
+    """RMSNorm, QKV, norms of Q and K, rotary embedding, KV append, paged attention, output projection.
+
+    Changes ``kv_layer``. The weights fit ``spec`` (``AttentionWeights.check``).
+
+    Args:
+        residual, delta: [T, H]; no delta in front of the first layer.
+        rotary: of ``rotary_cos_sin``.
+
+    Returns:
+        ``residual + delta``, and this block's output (a partial sum under tensor parallelism), both [T, H].
+    """
+    _check_stream(residual, delta, weights.norm, plan.step.num_tokens)
+    _check_layer(kv_layer, plan)
+    _check_window(spec.sliding_window, plan)
+    if (spec.num_kv_heads, spec.head_dim) != (plan.geometry.num_kv_heads, plan.geometry.head_dim):
+        raise KernelArgumentError(f"{spec} does not fit the cache {_describe(kv_layer)}")
+    return blocks.attention_block(residual, delta, weights, spec, rotary, kv_layer, plan)
+
+
+def mlp_block(residual: Tensor, delta: Tensor | None, weights: MlpWeights, eps: float) -> tuple[Tensor, Tensor]:
+    """RMSNorm, gate and up projection, SiLU gate, down projection.
+
+    Returns:
+        As ``attention_block`` does.
+    """
+    _check_stream(residual, delta, weights.norm, residual.shape[0])
+    return blocks.mlp_block(residual, delta, weights, eps)
+
+
+def head(
+    residual: Tensor, delta: Tensor | None, norm: Tensor, weight: Tensor, logits_indices: Tensor, eps: float
+) -> Tensor:
+    """Logits of the wanted rows over a vocabulary shard: gather, RMSNorm, projection.
+
+    Args:
+        norm: [H].
+        weight: [V, H].
+        logits_indices: int64[S].
+
+    Returns:
+        [S, V], of the dtype of ``weight``.
+    """
+    _check_stream(residual, delta, norm, residual.shape[0])
+    _check_last("norm", norm, weight)
+    _check_index("logits_indices", logits_indices, residual)
+    return blocks.head(residual, delta, norm, weight, logits_indices, eps)
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+
+
+def _check_dims(name: str, tensor: Tensor, dims: int) -> None:
+    if tensor.dim() != dims or tensor.dtype not in FLOAT_DTYPES:
+        raise KernelArgumentError(f"{name} must be a float tensor of {dims} dimensions, got {_describe(tensor)}")
+
+
+def _check_index(name: str, index: Tensor, beside: Tensor) -> None:
+    if index.dim() != 1 or index.dtype != torch.int64 or index.device != beside.device:
+        raise KernelArgumentError(f"{name} must be int64[n] on {beside.device}, got {_describe(index)}")
+
+
+def _check_last(name: str, x: Tensor, weight: Tensor) -> None:
+    if x.shape[-1] != weight.shape[-1] or x.dtype != weight.dtype or x.device != weight.device:
+        raise KernelArgumentError(f"{name} {_describe(x)} does not fit the weight {_describe(weight)}")
+    if x.dtype not in FLOAT_DTYPES:
+        raise KernelArgumentError(f"{name} must be a float tensor, got {_describe(x)}")
+
+
+def _check_delta(x: Tensor, delta: Tensor | None) -> None:
+    if delta is not None and (delta.shape != x.shape or delta.dtype != x.dtype or delta.device != x.device):
+        raise KernelArgumentError(f"delta {_describe(delta)} does not fit {_describe(x)}")
+
+
+def _check_stream(residual: Tensor, delta: Tensor | None, norm: Tensor, num_tokens: int) -> None:
+    if residual.dim() != 2 or residual.shape[0] != num_tokens:
+        raise KernelArgumentError(f"residual must be [{num_tokens}, H], got {_describe(residual)}")
+    _check_last("residual", residual, norm)
+    _check_delta(residual, delta)
+
+
+def _check_window(window: int | None, plan: AttentionPlan) -> None:
+    if window not in plan.work:
+        raise KernelArgumentError(f"the plan was made for windows {list(plan.work)}, not {window}")
+
+
+def _check_layer(kv_layer: Tensor, plan: AttentionPlan) -> None:
+    if kv_layer.dim() != 5 or kv_layer.shape[0] != 2 or not kv_layer.is_contiguous():
+        raise KernelArgumentError(f"a layer's cache is contiguous [2, blocks, K, size, D], got {_describe(kv_layer)}")
+    if KvGeometry.of(kv_layer) != plan.geometry:
+        raise KernelArgumentError(f"the plan was made for {plan.geometry}, the cache is {_describe(kv_layer)}")
+
+
+def _check_step(step: StepMetadata, kv_cache: Tensor) -> None:
+    num_tokens, num_seqs, device = step.num_tokens, step.num_seqs, kv_cache.device
+    if kv_cache.dim() != 6 or kv_cache.shape[1] != 2:
+        raise KernelArgumentError(f"the cache must be [layers, 2, blocks, K, size, D], got {_describe(kv_cache)}")
+    expected = (
+        ("positions", step.positions, (num_tokens,), torch.int64),
+        ("slot_mapping", step.slot_mapping, (num_tokens,), torch.int64),
+        ("query_start", step.query_start, (num_seqs + 1,), torch.int32),
+        ("context_lens", step.context_lens, (num_seqs,), torch.int32),
+        ("block_tables", step.block_tables, (num_seqs, step.block_tables.shape[-1]), torch.int32),
+    )
+    for name, tensor, shape, dtype in expected:
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != device:
+            raise KernelArgumentError(f"{name} must be {shape} {dtype} on {device}, got {_describe(tensor)}")
+    starts, context_lens = step.query_start_host, step.context_lens_host
+    if starts.shape != (num_seqs + 1,) or context_lens.shape != (num_seqs,) or num_seqs == 0:
+        raise KernelArgumentError(f"host metadata has {context_lens.shape[0]} sequences, the device's {num_seqs}")
+    query_lens = starts[1:] - starts[:-1]
+    if starts[0] != 0 or starts[-1] != num_tokens or query_lens.min() < 1 or (context_lens < query_lens).any():
+        raise KernelArgumentError(
+            f"query_start {starts} and context_lens {context_lens} do not fit {num_tokens} tokens"
+        )
+    room = step.block_tables.shape[-1] * kv_cache.shape[4]
+    if context_lens.max() != step.max_context_len or query_lens.max() != step.max_query_len:
+        raise KernelArgumentError("max_query_len or max_context_len is not the maximum of the host metadata")
+    if step.max_context_len > room:
+        raise KernelArgumentError(f"max_context_len={step.max_context_len} is more than block tables hold: {room}")
