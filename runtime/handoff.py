@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import numpy as np
 
 from .sharding import KvRange, ModelShape, ParallelConfig, kv_range
 
@@ -65,7 +64,7 @@ class KvReservation:
 
 def token_prefix_hash(token_ids: Sequence[int]) -> bytes:
     """SHA-256 over the token ids as little-endian int32."""
-    return hashlib.sha256(np.asarray(token_ids, dtype="<i4").tobytes()).digest()
+    return hashlib.sha256(struct.pack(f"<{len(token_ids)}i", *token_ids)).digest()
 
 
 def transfer_ranges(
