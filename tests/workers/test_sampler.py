@@ -145,7 +145,7 @@ def test_top_p_beyond_the_candidates_sorts_everything():
 
 
 def test_frequencies_follow_the_distribution():
-    """Chi-square over 20000 seeds and 97 cells: a correct sampler exceeds 160 once in 20000 tries; seeds are fixed."""
+    """Chi-square over 20000 seeds and 97 cells: a fair sampler exceeds 160 once in 20000 tries; seeds are fixed."""
     logits, n = make_logits(1, seed=5, scale=1.0), 20000
     expected = torch.softmax(logits[0].double(), -1).numpy() * n
     rows = [make_row(SamplingParams(), seed=seed) for seed in range(n)]
