@@ -1,14 +1,10 @@
-"""What a cluster should be: one frozen tree, validated once, and its msgpack form for crossing processes."""
+"""What a cluster should be: one frozen tree, validated once when it is built."""
 
 from __future__ import annotations
 
 import dataclasses
 import ipaddress
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
-
-import msgpack
 
 from ..runtime.config import CacheConfig, SchedulerConfig
 from ..runtime.errors import InvalidArgumentError
@@ -192,26 +188,6 @@ class ClusterConfig:
             return stated
         return CPUS_PER_GPU_RANK if self.device == "cuda" else CPUS_PER_CPU_RANK
 
-    def to_wire(self) -> bytes:
-        """Msgpack of it, for another process of the same cluster."""
-        packed: bytes = msgpack.packb(dataclasses.asdict(self))
-        return packed
-
-    @classmethod
-    def from_wire(cls, data: bytes) -> ClusterConfig:
-        """Read and validate what ``to_wire`` wrote.
-
-        Raises:
-            InvalidArgumentError: not msgpack, a field missing, unknown or of the wrong type, or out of range.
-        """
-        try:
-            tree = msgpack.unpackb(data)
-        except (ValueError, msgpack.UnpackException) as error:
-            raise InvalidArgumentError(
-                f"the cluster configuration is not msgpack: {error}", field="config"
-            ) from error
-        return _build(cls, tree, "config")
-
 
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach ``host``; a name other than localhost counts as reachable."""
@@ -219,37 +195,3 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-_NESTED: Mapping[str, type] = {
-    "prefill": PoolConfig,
-    "decode": PoolConfig,
-    "limits": EngineLimits,
-    "parallel": ParallelConfig,
-}
-_SCALARS: Mapping[str, tuple[type, ...]] = {
-    "str": (str,),
-    "int": (int,),
-    "bool": (bool,),
-    "float": (float, int),
-    "int | None": (int, type(None)),
-    "float | None": (float, int, type(None)),
-}
-T = TypeVar("T")
-
-
-def _build(cls: type[T], tree: object, path: str) -> T:
-    """Make the dataclass ``cls`` of a mapping with exactly its fields."""
-    fields = {field.name: str(field.type) for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    if not isinstance(tree, dict) or tree.keys() != fields.keys():
-        raise InvalidArgumentError(f"{path} must be a map of exactly {sorted(fields)}", field=path)
-    values: dict[str, Any] = {}
-    for name, annotation in fields.items():
-        value = tree[name]
-        if name in _NESTED:
-            values[name] = _build(_NESTED[name], value, f"{path}.{name}")
-        elif not isinstance(value, _SCALARS[annotation]) or (isinstance(value, bool) and annotation != "bool"):
-            raise InvalidArgumentError(f"{path}.{name} must be {annotation}, got {value!r}", field=f"{path}.{name}")
-        else:
-            values[name] = value
-    return cls(**values)

@@ -1,51 +1,10 @@
 from collections.abc import Callable
-from typing import Any
 
-import msgpack
 import pytest
 
 from fuseline.cluster.cluster_config import ClusterConfig, EngineLimits, PoolConfig, is_loopback
 from fuseline.runtime.errors import InvalidArgumentError
 from fuseline.runtime.role import WorkerRole
-from fuseline.runtime.sharding import ParallelConfig
-
-
-def test_it_crosses_processes_unchanged() -> None:
-    config = ClusterConfig(
-        model="some/model",
-        device="cuda",
-        prefill=PoolConfig(0),
-        decode=PoolConfig(3, ParallelConfig(2, 2), num_cpus_per_rank=2),
-        limits=EngineLimits(max_model_len=512, num_blocks=99),
-        port=0,
-        allow_cross_node_tp=True,
-    )
-    assert ClusterConfig.from_wire(config.to_wire()) == config
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda tree: tree.pop("model"),
-        lambda tree: tree.update(extra=1),
-        lambda tree: tree.update(port="80"),
-        lambda tree: tree.update(port=True),
-        lambda tree: tree.update(allow_cross_node_tp=1),
-        lambda tree: tree["decode"].update(num_replicas=None),
-        lambda tree: tree["decode"]["parallel"].update(tensor_parallel_size=0),
-        lambda tree: tree.update(limits=[1]),
-    ],
-)
-def test_a_malformed_wire_form_is_refused(change: Callable[[dict[str, Any]], object]) -> None:
-    tree = msgpack.unpackb(ClusterConfig().to_wire())
-    change(tree)
-    with pytest.raises(InvalidArgumentError):
-        ClusterConfig.from_wire(msgpack.packb(tree))
-
-
-def test_bytes_that_are_not_msgpack_are_refused() -> None:
-    with pytest.raises(InvalidArgumentError, match="not msgpack"):
-        ClusterConfig.from_wire(b"\xc1")
 
 
 @pytest.mark.parametrize(
