@@ -44,7 +44,7 @@ class ReplicaSnapshot:
     Attributes:
         num_queued_tokens: prompt tokens not yet computed there.
         num_free_blocks: blocks nobody uses, cached ones included.
-        cached_prefixes: keys (``prefix_key``) of prompt prefixes in its cache; may be stale and incomplete.
+        cached_prefixes: truncated hashes of prompt prefixes in its cache; may be stale and incomplete.
     """
 
     worker_id: str
@@ -69,7 +69,7 @@ class RoutingQuery:
     """What the router knows of a sequence.
 
     Attributes:
-        prefix_keys: of the prompt's full blocks, shortest prefix first.
+        prefix_keys: truncated hashes of the prompt's full blocks, shortest prefix first.
         failed_workers: those that failed the sequence in earlier epochs.
     """
 
@@ -97,11 +97,6 @@ class RoutingDecision:
 
 class BusyError(ResourceExhaustedError):
     """No replica has room now, but one will: the sequence fits when others are done."""
-
-
-def prefix_key(block_hash: bytes) -> int:
-    """What snapshots carry of a block's chained hash: its first eight bytes, little-endian."""
-    return int.from_bytes(block_hash[:8], "little")
 
 
 @dataclass(frozen=True, slots=True)

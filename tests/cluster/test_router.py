@@ -1,6 +1,8 @@
 """The router's rules, as properties over random clusters and as the cases they were made for."""
 
 from dataclasses import replace
+from random import Random
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -13,7 +15,6 @@ from fuseline.cluster.router import (
     Router,
     RoutingDecision,
     RoutingQuery,
-    prefix_key,
 )
 from fuseline.runtime.errors import FuselineError, ResourceExhaustedError, UnavailableError
 from fuseline.runtime.role import WorkerRole
@@ -23,22 +24,22 @@ ROUTER = Router(BLOCK)
 KEYS = tuple(range(1000, 1064))
 
 
-def prefill(worker_id="p0", **fields):
+def prefill(worker_id: str = "p0", **fields: Any) -> ReplicaSnapshot:
     return ReplicaSnapshot(worker_id, WorkerRole.PREFILL, num_total_blocks=100, num_free_blocks=100, **fields)
 
 
-def decode(worker_id="d0", role=WorkerRole.DECODE, **fields):
+def decode(worker_id: str = "d0", role: WorkerRole = WorkerRole.DECODE, **fields: Any) -> ReplicaSnapshot:
     fields = {"num_total_blocks": 100, "num_free_blocks": 100, "max_num_seqs": 8} | fields
     return ReplicaSnapshot(worker_id, role, **fields)
 
 
-def query(num_tokens=100, **fields):
+def query(num_tokens: int = 100, **fields: Any) -> RoutingQuery:
     keys = KEYS[: num_tokens // BLOCK]
     return RoutingQuery(num_tokens, fields.pop("max_tokens", 64), fields.pop("prefix_keys", keys), **fields)
 
 
 @st.composite
-def replicas(draw):
+def replicas(draw: st.DrawFn) -> list[ReplicaSnapshot]:
     count = draw(st.integers(0, 8))
     snapshots = []
     for index in range(count):
@@ -77,7 +78,9 @@ def routed(asked: RoutingQuery, snapshots: list[ReplicaSnapshot]) -> RoutingDeci
 
 @given(queries, replicas(), st.randoms())
 @settings(max_examples=80, deadline=None)
-def test_a_decision_names_workers_that_can_do_it_and_no_order_changes_it(asked, snapshots, random):
+def test_a_decision_names_workers_that_can_do_it_and_no_order_changes_it(
+    asked: RoutingQuery, snapshots: list[ReplicaSnapshot], random: Random
+) -> None:
     decision = routed(asked, snapshots)
     shuffled = list(snapshots)
     random.shuffle(shuffled)
@@ -101,7 +104,9 @@ def test_a_decision_names_workers_that_can_do_it_and_no_order_changes_it(asked, 
 
 @given(queries, replicas())
 @settings(max_examples=80, deadline=None)
-def test_it_refuses_only_when_no_pair_of_workers_can_do_it(asked, snapshots):
+def test_it_refuses_only_when_no_pair_of_workers_can_do_it(
+    asked: RoutingQuery, snapshots: list[ReplicaSnapshot]
+) -> None:
     outcome = routed(asked, snapshots)
     alive = [s for s in snapshots if not s.draining]
     decoders = [s for s in alive if s.role is not WorkerRole.PREFILL]
@@ -117,7 +122,9 @@ def test_it_refuses_only_when_no_pair_of_workers_can_do_it(asked, snapshots):
 
 @given(queries, replicas())
 @settings(max_examples=80, deadline=None)
-def test_a_worker_that_failed_the_sequence_is_taken_only_when_all_of_its_role_did(asked, snapshots):
+def test_a_worker_that_failed_the_sequence_is_taken_only_when_all_of_its_role_did(
+    asked: RoutingQuery, snapshots: list[ReplicaSnapshot]
+) -> None:
     decision = routed(asked, snapshots)
     if not isinstance(decision, RoutingDecision):
         return
@@ -132,7 +139,9 @@ def test_a_worker_that_failed_the_sequence_is_taken_only_when_all_of_its_role_di
 
 @given(queries, replicas(), st.integers(0, 7), st.integers(1, 5))
 @settings(max_examples=80, deadline=None)
-def test_more_load_never_attracts(asked, snapshots, index, more):
+def test_more_load_never_attracts(
+    asked: RoutingQuery, snapshots: list[ReplicaSnapshot], index: int, more: int
+) -> None:
     decision = routed(asked, snapshots)
     if not isinstance(decision, RoutingDecision) or index >= len(snapshots):
         return
@@ -148,7 +157,7 @@ def test_more_load_never_attracts(asked, snapshots, index, more):
         assert after.prefill_worker != busier.worker_id
 
 
-def test_load_spreads_when_the_caller_adds_its_assignments():
+def test_load_spreads_when_the_caller_adds_its_assignments() -> None:
     workers = {name: decode(name) for name in ("d0", "d1", "d2")}
     for _ in range(9):
         chosen = ROUTER.route(query(), [prefill(), *workers.values()]).decode_worker
@@ -156,21 +165,21 @@ def test_load_spreads_when_the_caller_adds_its_assignments():
     assert [w.num_running for w in workers.values()] == [3, 3, 3]
 
 
-def test_a_cached_prefix_attracts_until_the_queue_outweighs_it():
+def test_a_cached_prefix_attracts_until_the_queue_outweighs_it() -> None:
     holder = prefill("p1", cached_prefixes=frozenset(KEYS[:6]))
     assert ROUTER.route(query(100), [prefill("p0"), holder, decode()]).prefill_worker == "p1"
     busy = replace(holder, num_queued_tokens=500)
     assert ROUTER.route(query(100), [prefill("p0"), busy, decode()]).prefill_worker == "p0"
 
 
-def test_the_last_token_is_never_taken_from_the_cache():
+def test_the_last_token_is_never_taken_from_the_cache() -> None:
     full = decode(cached_prefixes=frozenset(KEYS))
     assert ROUTER.num_cached_tokens(query(96), full) == 80
     assert ROUTER.num_cached_tokens(query(97), full) == 96
     assert ROUTER.num_cached_tokens(query(97), decode(cached_prefixes=frozenset({KEYS[1]}))) == 32
 
 
-def test_a_decode_worker_that_holds_the_prompt_computes_the_rest_itself():
+def test_a_decode_worker_that_holds_the_prompt_computes_the_rest_itself() -> None:
     warm = decode(cached_prefixes=frozenset(KEYS[:6]))
     assert ROUTER.route(query(100), [prefill(), warm]) == RoutingDecision(None, "d0", 4, 7)
     cold = decode(cached_prefixes=frozenset(KEYS[:2]))
@@ -178,25 +187,25 @@ def test_a_decode_worker_that_holds_the_prompt_computes_the_rest_itself():
     assert ROUTER.route(query(100), [warm]).prefill_worker is None
 
 
-def test_a_short_prompt_still_needs_a_prefill_worker_when_nothing_is_cached():
+def test_a_short_prompt_still_needs_a_prefill_worker_when_nothing_is_cached() -> None:
     with pytest.raises(UnavailableError, match="prefill"):
         ROUTER.route(query(3), [decode()])
 
 
-def test_a_mixed_worker_needs_no_prefill_pool_but_uses_one_for_long_prompts():
+def test_a_mixed_worker_needs_no_prefill_pool_but_uses_one_for_long_prompts() -> None:
     mixed = decode(role=WorkerRole.MIXED)
     assert ROUTER.route(query(1000), [mixed]).prefill_worker is None
     assert ROUTER.route(query(1000), [mixed, prefill()]).prefill_worker == "p0"
     assert ROUTER.route(query(20), [mixed, prefill()]).prefill_worker is None
 
 
-def test_a_sequence_beyond_max_num_seqs_goes_elsewhere():
+def test_a_sequence_beyond_max_num_seqs_goes_elsewhere() -> None:
     full = decode("d0", num_running=2, max_num_seqs=2)
     larger = decode("d1", num_running=3, max_num_seqs=8)
     assert ROUTER.route(query(), [prefill(), full, larger]).decode_worker == "d1"
 
 
-def test_refusals_say_whether_waiting_helps():
+def test_refusals_say_whether_waiting_helps() -> None:
     busy = decode(num_free_blocks=3)
     with pytest.raises(BusyError, match="7 free KV blocks"):
         ROUTER.route(query(100), [prefill(), busy])
@@ -205,7 +214,3 @@ def test_refusals_say_whether_waiting_helps():
     assert not isinstance(info.value, BusyError)
     with pytest.raises(UnavailableError, match="decode"):
         ROUTER.route(query(), [prefill(), decode(draining=True)])
-
-
-def test_prefix_keys_are_the_first_eight_bytes():
-    assert prefix_key(bytes(range(1, 33))) == 0x0807060504030201
