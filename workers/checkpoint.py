@@ -1,0 +1,252 @@
+"""A checkpoint on disk: one safetensors file, or several with an index. Reads slices, never a whole file.
+
+Headers are read and checked here before safetensors maps a file: a truncated file that is mapped would kill the
+process on first touch instead of raising.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import struct
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..runtime.errors import ModelFormatError, NotFoundError
+from .models.config_fields import ConfigFields
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+MAX_HEADER_BYTES = 100 * 2**20
+# At most this much is read at once, so that loading needs little memory beside the weights themselves.
+READ_BYTES = 32 * 2**20
+DTYPE_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
+
+# A file up to this size is hashed whole; of a larger one, HASH_SAMPLES pieces of HASH_PIECE_BYTES at equal distances.
+HASH_WHOLE_BYTES = 64 * 2**20
+HASH_SAMPLES = 4096
+HASH_PIECE_BYTES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """What a header says of a tensor: where it is, and safetensors' name of its dtype."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSlice:
+    """Indices ``[start, end)`` along dimension ``dim`` of a tensor whose whole shape is ``shape``."""
+
+    name: str
+    shape: tuple[int, ...]
+    dim: int
+    start: int
+    end: int
+
+    @property
+    def num_elements(self) -> int:
+        """How many elements the slice has."""
+        return math.prod(self.shape) // self.shape[self.dim] * (self.end - self.start)
+
+
+class Checkpoint:
+    """The tensors of a model directory.
+
+    Raises (on construction):
+        NotFoundError: the directory holds no safetensors weights.
+        ModelFormatError: a header or the index is malformed, a file is truncated or missing.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._handles = ExitStack()
+        # safetensors' handles are untyped.
+        self._open_files: dict[Path, Any] = {}
+        self.tensors: dict[str, TensorInfo] = {}
+        single = path / SINGLE_FILE
+        if single.exists():
+            self.files: tuple[Path, ...] = (single,)
+            self.tensors = read_header(single)
+        else:
+            self.files = self._read_index(path)
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open_files.clear()
+        self._handles.close()
+
+    def check(self, wanted: TensorSlice) -> TensorInfo:
+        """What the header says of the tensor a slice is of.
+
+        Raises:
+            ModelFormatError: the tensor is missing, or has another shape or an unsupported dtype.
+        """
+        info = self.tensors.get(wanted.name)
+        if info is None:
+            raise ModelFormatError(
+                f"{', '.join(file.name for file in self.files)} in {self.files[0].parent}: no tensor {wanted.name}",
+                file=self.files[0],
+                tensor=wanted.name,
+            )
+        if info.shape != wanted.shape:
+            raise ModelFormatError(
+                f"{info.file}: tensor {wanted.name} has shape {list(info.shape)}, the configuration demands "
+                f"{list(wanted.shape)}",
+                file=info.file,
+                tensor=wanted.name,
+            )
+        if info.dtype not in DTYPE_BYTES:
+            raise ModelFormatError(
+                f"{info.file}: tensor {wanted.name} is {info.dtype}, supported are {', '.join(DTYPE_BYTES)}",
+                file=info.file,
+                tensor=wanted.name,
+            )
+        return info
+
+    def read(self, wanted: TensorSlice, out: torch.Tensor) -> Iterator[int]:
+        """Copy a slice into ``out``, converting to its dtype, in pieces; yields the bytes read of each.
+
+        Raises:
+            ModelFormatError: as ``check`` does, or a value does not fit the dtype of ``out``.
+        """
+        info = self.check(wanted)
+        source = self._open(info.file).get_slice(wanted.name)
+        row_bytes = max(1, wanted.num_elements // max(1, out.shape[0])) * DTYPE_BYTES[info.dtype]
+        rows = max(1, READ_BYTES // row_bytes)
+        for row in range(0, out.shape[0], rows):
+            end = min(row + rows, out.shape[0])
+            if wanted.dim == 0:
+                piece = source[wanted.start + row : wanted.start + end]
+            else:
+                piece = source[row:end, wanted.start : wanted.end]
+            out[row:end].copy_(piece)
+            if out.dtype == torch.float16 and not torch.isfinite(out[row:end]).all():
+                raise ModelFormatError(
+                    f"{info.file}: tensor {wanted.name} has values that float16 cannot hold",
+                    file=info.file,
+                    tensor=wanted.name,
+                )
+            yield (end - row) * row_bytes
+
+    def fingerprint(self, config: bytes) -> str:
+        """Hex SHA-256 over ``config``, the files' sizes and headers, and their content.
+
+        Files up to ``HASH_WHOLE_BYTES`` are hashed whole; of larger ones ``HASH_SAMPLES`` evenly spaced pieces, which
+        is 16 MiB a file. Weights trained further differ nearly everywhere and so in the sample; a change of a few
+        elements in a large file, made by hand, may go unseen.
+        """
+        digest = hashlib.sha256(hashlib.sha256(config).digest())
+        for file in self.files:
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size}\n".encode())
+            with file.open("rb") as stream:
+                if size <= HASH_WHOLE_BYTES:
+                    digest.update(hashlib.file_digest(stream, "sha256").digest())
+                    continue
+                length = stream.read(8)
+                digest.update(stream.read(struct.unpack("<Q", length)[0]))
+                for sample in range(HASH_SAMPLES):
+                    stream.seek((size - HASH_PIECE_BYTES) * sample // (HASH_SAMPLES - 1))
+                    digest.update(stream.read(HASH_PIECE_BYTES))
+        return digest.hexdigest()
+
+    def _open(self, path: Path) -> Any:
+        if path not in self._open_files:
+            try:
+                self._open_files[path] = self._handles.enter_context(safe_open(path, framework="pt"))
+            except SafetensorError as error:
+                raise ModelFormatError(f"{path} is not a safetensors file: {error}", file=path) from error
+        return self._open_files[path]
+
+    def _read_index(self, path: Path) -> tuple[Path, ...]:
+        index_path = path / INDEX_FILE
+        if not index_path.exists():
+            raise NotFoundError(f"{path} has neither {SINGLE_FILE} nor {INDEX_FILE}", path=path)
+        index = ConfigFields.read(index_path)
+        weight_map = index.nested("weight_map")
+        if weight_map is None:
+            raise index.error("weight_map", "an object that names each tensor's file")
+        headers: dict[str, dict[str, TensorInfo]] = {}
+        for tensor in weight_map.names():
+            name = weight_map.text(tensor)
+            if name != PurePosixPath(name).name or not name.endswith(".safetensors"):
+                raise weight_map.error(tensor, "the name of a safetensors file beside the index")
+            if name not in headers:
+                if not (path / name).exists():
+                    raise ModelFormatError(
+                        f"{index_path} names {name} for tensor {tensor}, which does not exist",
+                        file=path / name,
+                        tensor=tensor,
+                    )
+                headers[name] = read_header(path / name)
+            if tensor not in headers[name]:
+                raise ModelFormatError(
+                    f"{path / name}: no tensor {tensor}, though {INDEX_FILE} says so", file=path / name, tensor=tensor
+                )
+            self.tensors[tensor] = headers[name][tensor]
+        if not headers:
+            raise index.error("weight_map", "an object that names each tensor's file")
+        return tuple(path / name for name in sorted(headers))
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of a safetensors file, from its header; reads nothing else.
+
+    Raises:
+        ModelFormatError: the header is malformed, or the file is shorter or longer than it says.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        start = stream.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else MAX_HEADER_BYTES + 1
+        if length > MAX_HEADER_BYTES or 8 + length > size:
+            raise ModelFormatError(
+                f"{path} is truncated or not a safetensors file: no room for its header", file=path
+            )
+        try:
+            header = json.loads(stream.read(length))
+        except (ValueError, RecursionError) as error:
+            raise ModelFormatError(f"{path}: the header is not JSON: {error}", file=path) from error
+    if not isinstance(header, dict):
+        raise ModelFormatError(f"{path}: the header is not a JSON object", file=path)
+    tensors: dict[str, TensorInfo] = {}
+    data_bytes = 0
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        tensors[name], end = _parse_entry(path, name, entry)
+        data_bytes = max(data_bytes, end)
+    if 8 + length + data_bytes != size:
+        raise ModelFormatError(
+            f"{path} is truncated or has trailing bytes: the header accounts for {8 + length + data_bytes} bytes, "
+            f"the file has {size}",
+            file=path,
+        )
+    return tensors
+
+
+def _parse_entry(path: Path, name: str, entry: object) -> tuple[TensorInfo, int]:
+    """A tensor's description, and where its bytes end."""
+    match entry:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(start), int(end)]} if all(
+            type(size) is int and size >= 0 for size in shape
+        ):
+            expected = math.prod(shape) * DTYPE_BYTES.get(dtype, 0)
+            if 0 <= start <= end and (dtype not in DTYPE_BYTES or end - start == expected):
+                return TensorInfo(path, dtype, tuple(shape)), end
+    raise ModelFormatError(f"{path}: malformed header entry for tensor {name}: {entry!r}", file=path, tensor=name)

@@ -1,0 +1,153 @@
+"""From a model's name to a model in memory: find it, describe it, load one rank's share of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from ..collectives.communicator import GroupCommunicators
+from ..runtime.config import ModelInfo
+from ..runtime.errors import InvalidArgumentError, ModelFormatError, NotFoundError
+from ..runtime.sharding import ParallelConfig
+from .checkpoint import DTYPE_BYTES, Checkpoint
+from .models.config import DTYPES, DecoderConfig
+from .models.decoder import DecoderModel
+from .models.registry import load_model_config
+from .weights import WeightLayout, tensor_names
+
+DEMO_NAME = "demo"
+DEMO_PATH = Path(__file__).parent / "models" / "demo"
+# Weights, configuration and tokenizer. No code is ever fetched, nor the copies of the weights in other formats that
+# some repositories keep beside them.
+HUB_ALLOW = ["*.json", "*.safetensors", "tokenizer.model", "merges.txt", "vocab.txt", "*.jinja"]
+HUB_IGNORE = ["*/*", "consolidated*"]
+
+Progress = Callable[[int, int], None]
+
+
+def resolve_model(name_or_path: str) -> Path:
+    """The directory of a model: "demo" for the bundled one, a directory, or the id of a Hugging Face repository.
+
+    A repository is downloaded into Hugging Face's cache, or found there.
+
+    Raises:
+        NotFoundError: there is no such directory or repository, or it cannot be reached.
+    """
+    if name_or_path == DEMO_NAME:
+        return DEMO_PATH
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") != 1:
+        raise NotFoundError(f"{name_or_path!r} is not a directory, nor the id of a repository", model=name_or_path)
+    try:
+        return Path(snapshot_download(name_or_path, allow_patterns=HUB_ALLOW, ignore_patterns=HUB_IGNORE))
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        raise NotFoundError(
+            f"{name_or_path!r} is not a directory, and could not be fetched from the Hugging Face hub: {error}",
+            model=name_or_path,
+        ) from error
+
+
+def model_info(path: Path, dtype: str = "auto", max_model_len: int | None = None, name: str = "") -> ModelInfo:
+    """Describe the model in a directory; reads headers and samples, not the weights.
+
+    Args:
+        dtype: to run in; "auto" takes the checkpoint's.
+        max_model_len: None takes ``max_position_embeddings``.
+        name: that it is served under; the directory's when empty.
+
+    Raises:
+        NotFoundError: the directory holds no configuration or no weights.
+        ModelFormatError: they are malformed or not supported.
+        InvalidArgumentError: of ``dtype`` or ``max_model_len``.
+    """
+    config = load_model_config(path)
+    with Checkpoint(path) as checkpoint:
+        fingerprint = checkpoint.fingerprint((path / "config.json").read_bytes())
+        if dtype == "auto":
+            dtype = config.dtype or _stored_dtype(checkpoint, config)
+    parse_dtype(dtype)
+    return ModelInfo(
+        name=name or path.resolve().name,
+        fingerprint=fingerprint,
+        shape=config.shape(),
+        dtype=dtype,
+        max_model_len=config.resolve_max_model_len(max_model_len),
+        eos_token_ids=config.eos_token_ids,
+    )
+
+
+def load_model(
+    path: Path,
+    config: DecoderConfig,
+    dtype: str,
+    device: torch.device,
+    parallel: ParallelConfig,
+    rank: int,
+    communicators: GroupCommunicators,
+    progress: Progress | None = None,
+) -> DecoderModel:
+    """Load what ``rank`` holds; of every tensor only the rank's own slice is read.
+
+    Args:
+        dtype: "float32", "bfloat16" or "float16"; weights stored otherwise are converted.
+        progress: called with the bytes read so far and the bytes this rank will have read.
+
+    Raises:
+        ModelFormatError: the weights are missing, malformed, or not those that ``config`` describes.
+    """
+    layout = WeightLayout(config, parallel, rank, parse_dtype(dtype), device)
+    with Checkpoint(path) as checkpoint:
+        _refuse_unknown(checkpoint, config)
+        infos = {id(piece): checkpoint.check(piece.source) for piece in layout.pieces}
+        total = sum(piece.source.num_elements * DTYPE_BYTES[infos[id(piece)].dtype] for piece in layout.pieces)
+        done = 0
+        for piece in sorted(layout.pieces, key=lambda piece: infos[id(piece)].file):
+            for read in checkpoint.read(piece.source, piece.out):
+                done += read
+                if progress is not None:
+                    progress(done, total)
+    return DecoderModel(config, parallel, rank, layout.weights, communicators.tp)
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """torch's dtype of a name.
+
+    Raises:
+        InvalidArgumentError: models do not run in it.
+    """
+    if name not in DTYPES:
+        raise InvalidArgumentError(
+            f"dtype must be one of {', '.join(DTYPES)}, got {name!r}", field="dtype", value=name
+        )
+    return DTYPES[name]
+
+
+def _stored_dtype(checkpoint: Checkpoint, config: DecoderConfig) -> str:
+    stored = checkpoint.tensors.get(config.names.embedding)
+    names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+    if stored is None or stored.dtype not in names:
+        raise ModelFormatError(
+            f"{checkpoint.files[0]}: no tensor {config.names.embedding} of a supported dtype",
+            file=checkpoint.files[0],
+            tensor=config.names.embedding,
+        )
+    return names[stored.dtype]
+
+
+def _refuse_unknown(checkpoint: Checkpoint, config: DecoderConfig) -> None:
+    """Weights that the configuration does not account for mean that it describes another model."""
+    known = tensor_names(config) | {config.names.head}
+    for name, info in checkpoint.tensors.items():
+        # Old checkpoints carry the rotary frequencies, which follow from the configuration.
+        if name not in known and not name.endswith(".rotary_emb.inv_freq"):
+            raise ModelFormatError(
+                f"{info.file}: tensor {name} is not part of a {config.architecture} as config.json describes it",
+                file=info.file,
+                tensor=name,
+            )
