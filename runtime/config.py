@@ -8,7 +8,7 @@ from .errors import InvalidArgumentError
 from .sharding import ModelShape, ParallelConfig, check_shardable
 
 
-def _check_range(name: str, value: int, low: int, high: int) -> None:
+def _check_range(name: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:
         raise InvalidArgumentError(
             f"{name} must be between {low} and {high}, got {value}", field=name, value=value, limit=f"{low}..{high}"
@@ -56,16 +56,20 @@ class SchedulerConfig:
         max_num_seqs: most sequences that run at once; also the number of rows in every per-step buffer.
         max_num_batched_tokens: token budget of a step; decodes are served first, prefill chunks fill the rest.
         max_num_queued: most requests that wait; one more is refused with ResourceExhaustedError.
+        handoff_timeout_s: most seconds that blocks are held for a handoff: a reservation that is not committed, or
+            a prefill that is not released, ends in FinishReason.DEADLINE.
     """
 
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
     max_num_queued: int = 4096
+    handoff_timeout_s: float = 120.0
 
     def __post_init__(self) -> None:
         _check_range("max_num_seqs", self.max_num_seqs, 1, 65536)
         _check_range("max_num_batched_tokens", self.max_num_batched_tokens, 1, 2**20)
         _check_range("max_num_queued", self.max_num_queued, 1, 2**20)
+        _check_range("handoff_timeout_s", self.handoff_timeout_s, 0.001, 86400)
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise InvalidArgumentError(
                 f"max_num_batched_tokens={self.max_num_batched_tokens} is less than max_num_seqs={self.max_num_seqs}:"

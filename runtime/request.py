@@ -85,7 +85,8 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+# Not frozen, though nobody changes one: it is made for every token, and freezing costs 2.4 us each (0.2 us without).
+@dataclass(slots=True)
 class SequenceOutput:
     """What one engine step produced for one request. The last output of a request has ``finish_reason`` set.
 
