@@ -1,0 +1,298 @@
+"""The controller over worker processes that live in memory: what it does when they come, go, fail and fall silent."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+
+import pytest
+
+from fuseline.cluster import controller as controller_module
+from fuseline.cluster.cluster_config import ClusterConfig, PoolConfig
+from fuseline.cluster.controller import Controller
+from fuseline.cluster.membership import ReplicaState
+from fuseline.cluster.messages import ControllerStatus, ReplicaReport, WorkerSpec
+from fuseline.cluster.placement import Resources
+from fuseline.cluster.reconcile import Limits, Target
+from fuseline.runtime.errors import NotFoundError, ResourceExhaustedError, UnavailableError
+from fuseline.runtime.role import WorkerRole
+
+CONFIG = ClusterConfig(device="cpu", prefill=PoolConfig(1), decode=PoolConfig(1))
+LIMITS = Limits(start_timeout_s=5, drain_timeout_s=5, first_delay_s=0.01, max_delay_s=0.05)
+
+
+@dataclass
+class Worker:
+    spec: WorkerSpec
+    report: ReplicaReport
+    load: int = 0
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def become(self, state: ReplicaState, reason: str = "") -> None:
+        self.report = replace(
+            self.report,
+            version=self.report.version + 1,
+            state=state,
+            reason=reason,
+            address="127.0.0.1:1",
+            ready_age_s=0.0 if state is ReplicaState.READY else self.report.ready_age_s,
+        )
+        self.changed.set()
+
+
+@dataclass
+class Cluster:
+    """Worker processes in memory. ``on_start`` says what becomes of each one that is started."""
+
+    workers: dict[str, Worker] = field(default_factory=dict)
+    num_started: int = 0
+    on_start: Callable[[Worker], None] = lambda worker: worker.become(ReplicaState.READY)
+
+    async def nodes(self) -> list[Resources]:
+        return [Resources.of(2, 0)]
+
+    async def find(self) -> list[str]:
+        return list(self.workers)
+
+    async def start(self, spec: WorkerSpec) -> None:
+        starting = ReplicaReport(
+            0,
+            spec.worker_id,
+            spec.slot,
+            spec.role,
+            ReplicaState.STARTING,
+            spec.num_restarts,
+            0.0,
+            None,
+            "",
+            "n",
+            (),
+            0,
+            "",
+        )
+        self.workers[spec.worker_id] = Worker(spec, starting)
+        self.num_started += 1
+        self.on_start(self.workers[spec.worker_id])
+
+    async def report(self, worker_id: str, version: int) -> ReplicaReport:
+        worker = self._worker(worker_id)
+        while worker.report.version == version:
+            worker.changed.clear()
+            await worker.changed.wait()
+            self._worker(worker_id)
+        return worker.report
+
+    async def set_role(self, worker_id: str, role: WorkerRole) -> None:
+        self._worker(worker_id).report = replace(self._worker(worker_id).report, role=role)
+
+    async def drain(self, worker_id: str) -> None:
+        self._worker(worker_id).become(ReplicaState.DRAINING)
+        if not self._worker(worker_id).load:
+            self._worker(worker_id).become(ReplicaState.DRAINED)
+
+    async def load(self, worker_id: str) -> int:
+        return self._worker(worker_id).load
+
+    async def stop(self, worker_id: str) -> None:
+        self.kill(worker_id)
+
+    def kill(self, worker_id: str) -> None:
+        worker = self.workers.pop(worker_id, None)
+        if worker is not None:
+            worker.changed.set()
+
+    def finish(self, worker_id: str) -> None:
+        self.workers[worker_id].load = 0
+        self.workers[worker_id].become(ReplicaState.DRAINED)
+
+    def _worker(self, worker_id: str) -> Worker:
+        if worker_id not in self.workers:
+            raise UnavailableError(f"process of {worker_id} died")
+        return self.workers[worker_id]
+
+
+class Store:
+    target: Target | None = None
+
+    def load(self) -> Target | None:
+        return self.target
+
+    def save(self, target: Target) -> None:
+        self.target = target
+
+
+@asynccontextmanager
+async def running(cluster: Cluster, store: Store | None = None) -> AsyncIterator[Controller]:
+    """A controller at work; at the end it dies without closing anything."""
+    controller = Controller(CONFIG, cluster, store or Store(), LIMITS)
+    task = asyncio.create_task(controller.run())
+    try:
+        yield controller
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def until(controller: Controller, condition: Callable[[ControllerStatus], bool]) -> ControllerStatus:
+    async with asyncio.timeout(10):
+        version, status = await controller.status()
+        while not condition(status):
+            version, status = await controller.status(version, 1.0)
+        return status
+
+
+async def reached(controller: Controller) -> list[str]:
+    """Worker ids once the target is reached."""
+    return [row.worker_id for row in (await until(controller, lambda status: status.reached)).replicas]
+
+
+async def test_it_starts_what_the_configuration_asks_for() -> None:
+    cluster = Cluster()
+    async with running(cluster) as controller:
+        prefill, decode = await reached(controller)
+        assert prefill.startswith("prefill-0-")
+        assert decode.startswith("decode-0-")
+        view = await controller.watch(-1, 5)
+        assert {info.worker_id: (info.role, info.state, info.address) for info in view.replicas} == {
+            prefill: (WorkerRole.PREFILL, ReplicaState.READY, "127.0.0.1:1"),
+            decode: (WorkerRole.DECODE, ReplicaState.READY, "127.0.0.1:1"),
+        }
+    assert cluster.num_started == 2
+
+
+async def test_a_dead_worker_is_replaced_by_another_one_in_its_slot() -> None:
+    cluster = Cluster()
+    async with running(cluster) as controller:
+        _, before = await reached(controller)
+        cluster.kill(before)
+        await until(controller, lambda status: any(row.num_restarts for row in status.replicas))
+        _, after = await reached(controller)
+        assert after != before
+        assert after.startswith("decode-0-")
+        row = (await controller.status())[1].replicas[1]
+        assert (row.worker_id, row.num_restarts) == (after, 1)
+
+
+async def test_a_watcher_sees_the_death_before_the_replacement_is_ready() -> None:
+    cluster = Cluster()
+    async with running(cluster) as controller:
+        _, before = await reached(controller)
+        view = await controller.watch(-1, 5)
+        cluster.on_start = lambda worker: None
+        cluster.kill(before)
+        while before in {info.worker_id for info in view.replicas}:
+            view = await controller.watch(view.version, 5)
+            states = {info.worker_id: info.state for info in view.replicas}
+            assert states.get(before) in (None, ReplicaState.READY, ReplicaState.FAILED)
+        unchanged = await controller.watch(view.version, 0.01)
+        assert ReplicaState.STARTING in {info.state for info in unchanged.replicas}
+
+
+async def test_scaling_down_drains_the_least_loaded_and_waits_for_it() -> None:
+    cluster = Cluster()
+    async with running(cluster) as controller:
+        await controller.set_target(Target(1, 3))
+        decoders = (await reached(controller))[1:]
+        for worker_id, load in zip(decoders, (3, 1, 2), strict=True):
+            cluster.workers[worker_id].load = load
+        await controller.set_target(Target(1, 2))
+        status = await until(controller, lambda s: any(row.state is ReplicaState.DRAINING for row in s.replicas))
+        assert {row.worker_id for row in status.replicas if row.state is ReplicaState.DRAINING} == {decoders[1]}
+        assert not status.reached
+        assert decoders[1] in cluster.workers
+        cluster.finish(decoders[1])
+        assert (await reached(controller))[1:] == [decoders[0], decoders[2]]
+        assert cluster.num_started == 4
+
+
+async def test_a_target_that_cannot_be_held_changes_nothing() -> None:
+    store = Store()
+    async with running(Cluster(), store) as controller:
+        with pytest.raises(ResourceExhaustedError, match=r"the cluster is too small: 2\.25 CPUs are needed"):
+            await controller.set_target(Target(1, 8))
+        assert controller.target == Target(1, 1)
+        assert store.target is None
+
+
+async def test_a_new_controller_finds_workers_and_target_of_the_old_one() -> None:
+    cluster, store = Cluster(), Store()
+    async with running(cluster, store) as controller:
+        await controller.set_target(Target(1, 2))
+        before = await reached(controller)
+        version = (await controller.watch(-1, 5)).version
+    lost = before.pop()
+    cluster.kill(lost)
+    async with running(cluster, store) as controller:
+        assert controller.target == Target(1, 2)
+        assert (await controller.watch(version, 5)).version != version
+        after = await reached(controller)
+    assert set(before) < set(after)
+    assert cluster.num_started == 4
+
+
+async def test_a_worker_that_keeps_failing_is_shown_with_its_reason_and_tried_again() -> None:
+    cluster = Cluster(on_start=lambda worker: worker.become(ReplicaState.FAILED, "no such model"))
+    async with running(cluster) as controller:
+        status = await until(controller, lambda status: status.failed != "")
+        assert "no such model" in status.failed
+        row = next(row for row in status.replicas if row.state is ReplicaState.FAILED)
+        assert row.worker_id in ("prefill-0", "decode-0")
+        assert row.num_restarts >= 3
+        assert "times in a row" in row.message
+        cluster.on_start = lambda worker: worker.become(ReplicaState.READY)
+        await reached(controller)
+        assert (await controller.status())[1].failed == ""
+
+
+async def test_draining_a_worker_by_hand_replaces_it() -> None:
+    cluster = Cluster()
+    async with running(cluster) as controller:
+        _, before = await reached(controller)
+        cluster.workers[before].load = 2
+        assert await controller.drain(before, 0.05) == 2
+        drain = asyncio.create_task(controller.drain(before, 5))
+        await until(controller, lambda s: sum(row.state is ReplicaState.READY for row in s.replicas) == 2)
+        cluster.finish(before)
+        assert await drain == 0
+        assert before not in await reached(controller)
+        with pytest.raises(NotFoundError, match="there is no replica 'nobody'; there are: decode-0"):
+            await controller.drain("nobody", 1)
+
+
+async def test_without_prefill_workers_decode_workers_change_their_role_and_back() -> None:
+    cluster = Cluster()
+    async with running(cluster) as controller:
+        _, decode = await reached(controller)
+        await controller.set_target(Target(0, 1))
+        assert await reached(controller) == [decode]
+        assert cluster.workers[decode].report.role is WorkerRole.MIXED
+        await controller.set_target(Target(1, 1))
+        assert (await reached(controller))[1] == decode
+        assert cluster.workers[decode].report.role is WorkerRole.DECODE
+
+
+async def test_a_silent_worker_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(controller_module, "SILENCE_TIMEOUT_S", 0.05)  # workers in memory have no heartbeat
+    cluster = Cluster()
+    async with running(cluster) as controller:
+        await until(controller, lambda status: status.failed != "")
+        assert "it has been silent for 0.05 s" in (await controller.status())[1].failed
+        assert cluster.num_started > 2
+
+
+async def test_a_bug_ends_the_controller_rather_than_losing_a_replica() -> None:
+    def fail(worker: Worker) -> None:
+        raise RuntimeError("a bug")
+
+    controller = Controller(CONFIG, Cluster(on_start=fail), Store(), LIMITS)
+    with pytest.raises(RuntimeError, match="a bug"):
+        await asyncio.wait_for(controller.run(), 5)
+
+
+async def test_closing_ends_every_worker() -> None:
+    cluster = Cluster()
+    async with running(cluster) as controller:
+        await reached(controller)
+        await asyncio.wait_for(controller.close(), 5)
+        assert cluster.workers == {}
+        assert (await controller.watch(-1, 1)).replicas == ()
