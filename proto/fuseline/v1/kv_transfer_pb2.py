@@ -26,27 +26,33 @@ from . import common_pb2 as fuseline_dot_v1_dot_common__pb2
 from . import worker_pb2 as fuseline_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x66useline/v1/kv_transfer.proto\x12\x0b\x66useline.v1\x1a\x18\x66useline/v1/common.proto\x1a\x18\x66useline/v1/worker.proto\"\xf7\x01\n\x07KvPiece\x12\x16\n\x0ereservation_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\r\n\x05layer\x18\x03 \x01(\r\x12\x12\n\nhead_start\x18\x04 \x01(\r\x12\x10\n\x08head_end\x18\x05 \x01(\r\x12\x13\n\x0btoken_start\x18\x06 \x01(\r\x12\x11\n\ttoken_end\x18\x07 \x01(\r\x12\x10\n\x08\x63hecksum\x18\x08 \x01(\x06\x12\x10\n\x08piece_id\x18\t \x01(\x04\x12\x10\n\x06inline\x18\n \x01(\x0cH\x00\x12*\n\x06shared\x18\x0b \x01(\x0b\x32\x18.fuseline.v1.SharedBytesH\x00\x42\x06\n\x04\x64\x61ta\">\n\x0bSharedBytes\x12\x0f\n\x07segment\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0e\n\x06length\x18\x03 \x01(\x04\"V\n\rKvPieceResult\x12\x10\n\x08piece_id\x18\x01 \x01(\x04\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x02 \x01(\x08\x12\x12\n\nerror_code\x18\x03 \x01(\t\x12\r\n\x05\x65rror\x18\x04 \x01(\t\"\x86\x01\n\rCommitRequest\x12\x16\n\x0ereservation_id\x18\x01 \x01(\t\x12+\n\nprovenance\x18\x02 \x01(\x0b\x32\x17.fuseline.v1.Provenance\x12\x30\n\x0b\x66irst_token\x18\x03 \x01(\x0b\x32\x1b.fuseline.v1.SequenceOutput\"\x10\n\x0e\x43ommitResponse\"6\n\x0c\x41\x62ortRequest\x12\x16\n\x0ereservation_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x0f\n\rAbortResponse2\xcd\x01\n\nKvTransfer\x12<\n\x04Push\x12\x14.fuseline.v1.KvPiece\x1a\x1a.fuseline.v1.KvPieceResult(\x01\x30\x01\x12\x41\n\x06\x43ommit\x12\x1a.fuseline.v1.CommitRequest\x1a\x1b.fuseline.v1.CommitResponse\x12>\n\x05\x41\x62ort\x12\x19.fuseline.v1.AbortRequest\x1a\x1a.fuseline.v1.AbortResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x66useline/v1/kv_transfer.proto\x12\x0b\x66useline.v1\x1a\x18\x66useline/v1/common.proto\x1a\x18\x66useline/v1/worker.proto\"\xa6\x01\n\x0bPushRequest\x12*\n\x06\x61ttach\x18\x01 \x01(\x0b\x32\x1a.fuseline.v1.AttachSegment\x12\x11\n\tparcel_id\x18\x02 \x01(\x04\x12$\n\x06pieces\x18\x03 \x03(\x0b\x32\x14.fuseline.v1.KvPiece\x12\x10\n\x06inline\x18\x04 \x01(\x0cH\x00\x12\x18\n\x0esegment_offset\x18\x05 \x01(\x04H\x00\x42\x06\n\x04\x64\x61ta\"I\n\rAttachSegment\x12\x0b\n\x03pid\x18\x01 \x01(\r\x12\n\n\x02\x66\x64\x18\x02 \x01(\r\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x11\n\tnum_bytes\x18\x04 \x01(\x04\"\xc6\x01\n\x07KvPiece\x12\x16\n\x0ereservation_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x12\n\nprovenance\x18\x03 \x01(\x06\x12\r\n\x05layer\x18\x04 \x01(\r\x12\x12\n\nhead_start\x18\x05 \x01(\r\x12\x10\n\x08head_end\x18\x06 \x01(\r\x12\x13\n\x0btoken_start\x18\x07 \x01(\r\x12\x11\n\ttoken_end\x18\x08 \x01(\r\x12\x11\n\tnum_bytes\x18\t \x01(\x04\x12\x10\n\x08\x63hecksum\x18\n \x01(\x06\"\xca\x01\n\x0cPushResponse\x12\x11\n\tparcel_id\x18\x01 \x01(\x04\x12\x32\n\x07refused\x18\x02 \x03(\x0b\x32!.fuseline.v1.PushResponse.Refused\x12\x15\n\x08\x61ttached\x18\x03 \x01(\x08H\x00\x88\x01\x01\x1aO\n\x07Refused\x12\r\n\x05index\x18\x01 \x01(\r\x12$\n\x06reason\x18\x02 \x01(\x0e\x32\x14.fuseline.v1.Refusal\x12\x0f\n\x07message\x18\x03 \x01(\tB\x0b\n\t_attached\"\x86\x01\n\rCommitRequest\x12\x16\n\x0ereservation_id\x18\x01 \x01(\t\x12+\n\nprovenance\x18\x02 \x01(\x0b\x32\x17.fuseline.v1.Provenance\x12\x30\n\x0b\x66irst_token\x18\x03 \x01(\x0b\x32\x1b.fuseline.v1.SequenceOutput\"\x10\n\x0e\x43ommitResponse\"6\n\x0c\x41\x62ortRequest\x12\x16\n\x0ereservation_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x0f\n\rAbortResponse*\xa3\x01\n\x07Refusal\x12\x17\n\x13REFUSAL_UNSPECIFIED\x10\x00\x12\x10\n\x0cREFUSAL_LATE\x10\x01\x12\x11\n\rREFUSAL_STALE\x10\x02\x12\x14\n\x10REFUSAL_MISMATCH\x10\x03\x12\x18\n\x14REFUSAL_OUT_OF_RANGE\x10\x04\x12\x15\n\x11REFUSAL_TRUNCATED\x10\x05\x12\x13\n\x0fREFUSAL_CORRUPT\x10\x06\x32\xd0\x01\n\nKvTransfer\x12?\n\x04Push\x12\x18.fuseline.v1.PushRequest\x1a\x19.fuseline.v1.PushResponse(\x01\x30\x01\x12\x41\n\x06\x43ommit\x12\x1a.fuseline.v1.CommitRequest\x1a\x1b.fuseline.v1.CommitResponse\x12>\n\x05\x41\x62ort\x12\x19.fuseline.v1.AbortRequest\x1a\x1a.fuseline.v1.AbortResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'fuseline.v1.kv_transfer_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_KVPIECE']._serialized_start=99
-  _globals['_KVPIECE']._serialized_end=346
-  _globals['_SHAREDBYTES']._serialized_start=348
-  _globals['_SHAREDBYTES']._serialized_end=410
-  _globals['_KVPIECERESULT']._serialized_start=412
-  _globals['_KVPIECERESULT']._serialized_end=498
-  _globals['_COMMITREQUEST']._serialized_start=501
-  _globals['_COMMITREQUEST']._serialized_end=635
-  _globals['_COMMITRESPONSE']._serialized_start=637
-  _globals['_COMMITRESPONSE']._serialized_end=653
-  _globals['_ABORTREQUEST']._serialized_start=655
-  _globals['_ABORTREQUEST']._serialized_end=709
-  _globals['_ABORTRESPONSE']._serialized_start=711
-  _globals['_ABORTRESPONSE']._serialized_end=726
-  _globals['_KVTRANSFER']._serialized_start=729
-  _globals['_KVTRANSFER']._serialized_end=934
+  _globals['_REFUSAL']._serialized_start=977
+  _globals['_REFUSAL']._serialized_end=1140
+  _globals['_PUSHREQUEST']._serialized_start=99
+  _globals['_PUSHREQUEST']._serialized_end=265
+  _globals['_ATTACHSEGMENT']._serialized_start=267
+  _globals['_ATTACHSEGMENT']._serialized_end=340
+  _globals['_KVPIECE']._serialized_start=343
+  _globals['_KVPIECE']._serialized_end=541
+  _globals['_PUSHRESPONSE']._serialized_start=544
+  _globals['_PUSHRESPONSE']._serialized_end=746
+  _globals['_PUSHRESPONSE_REFUSED']._serialized_start=654
+  _globals['_PUSHRESPONSE_REFUSED']._serialized_end=733
+  _globals['_COMMITREQUEST']._serialized_start=749
+  _globals['_COMMITREQUEST']._serialized_end=883
+  _globals['_COMMITRESPONSE']._serialized_start=885
+  _globals['_COMMITRESPONSE']._serialized_end=901
+  _globals['_ABORTREQUEST']._serialized_start=903
+  _globals['_ABORTREQUEST']._serialized_end=957
+  _globals['_ABORTRESPONSE']._serialized_start=959
+  _globals['_ABORTRESPONSE']._serialized_end=974
+  _globals['_KVTRANSFER']._serialized_start=1143
+  _globals['_KVTRANSFER']._serialized_end=1351
 # @@protoc_insertion_point(module_scope)

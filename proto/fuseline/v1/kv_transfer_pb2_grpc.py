@@ -26,8 +26,8 @@ if _version_not_supported:
 
 
 class KvTransferStub:
-    """Between ranks: a prefill rank pushes, a decode rank takes. Served by every rank of a decode group; Commit by its
-    first rank only.
+    """Between ranks: a prefill rank pushes, a decode rank takes. Served by every rank of a decode group; Commit and Abort
+    by its first rank only.
     """
 
     def __init__(self, channel):
@@ -38,8 +38,8 @@ class KvTransferStub:
         """
         self.Push = channel.stream_stream(
                 '/fuseline.v1.KvTransfer/Push',
-                request_serializer=fuseline_dot_v1_dot_kv__transfer__pb2.KvPiece.SerializeToString,
-                response_deserializer=fuseline_dot_v1_dot_kv__transfer__pb2.KvPieceResult.FromString,
+                request_serializer=fuseline_dot_v1_dot_kv__transfer__pb2.PushRequest.SerializeToString,
+                response_deserializer=fuseline_dot_v1_dot_kv__transfer__pb2.PushResponse.FromString,
                 _registered_method=True)
         self.Commit = channel.unary_unary(
                 '/fuseline.v1.KvTransfer/Commit',
@@ -54,13 +54,13 @@ class KvTransferStub:
 
 
 class KvTransferServicer:
-    """Between ranks: a prefill rank pushes, a decode rank takes. Served by every rank of a decode group; Commit by its
-    first rank only.
+    """Between ranks: a prefill rank pushes, a decode rank takes. Served by every rank of a decode group; Commit and Abort
+    by its first rank only.
     """
 
     def Push(self, request_iterator, context):
-        """One stream per (source rank, destination rank); pieces of several reservations may be interleaved. Each piece is
-        answered, in any order, so that the sender knows what arrived and what to send again.
+        """One stream per (source rank, destination rank); parcels of several reservations may be interleaved. Each request
+        is answered, so that the sender knows what arrived, what to send again and which memory it may reuse.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -85,8 +85,8 @@ def add_KvTransferServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'Push': grpc.stream_stream_rpc_method_handler(
                     servicer.Push,
-                    request_deserializer=fuseline_dot_v1_dot_kv__transfer__pb2.KvPiece.FromString,
-                    response_serializer=fuseline_dot_v1_dot_kv__transfer__pb2.KvPieceResult.SerializeToString,
+                    request_deserializer=fuseline_dot_v1_dot_kv__transfer__pb2.PushRequest.FromString,
+                    response_serializer=fuseline_dot_v1_dot_kv__transfer__pb2.PushResponse.SerializeToString,
             ),
             'Commit': grpc.unary_unary_rpc_method_handler(
                     servicer.Commit,
@@ -107,8 +107,8 @@ def add_KvTransferServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class KvTransfer:
-    """Between ranks: a prefill rank pushes, a decode rank takes. Served by every rank of a decode group; Commit by its
-    first rank only.
+    """Between ranks: a prefill rank pushes, a decode rank takes. Served by every rank of a decode group; Commit and Abort
+    by its first rank only.
     """
 
     @staticmethod
@@ -126,8 +126,8 @@ class KvTransfer:
             request_iterator,
             target,
             '/fuseline.v1.KvTransfer/Push',
-            fuseline_dot_v1_dot_kv__transfer__pb2.KvPiece.SerializeToString,
-            fuseline_dot_v1_dot_kv__transfer__pb2.KvPieceResult.FromString,
+            fuseline_dot_v1_dot_kv__transfer__pb2.PushRequest.SerializeToString,
+            fuseline_dot_v1_dot_kv__transfer__pb2.PushResponse.FromString,
             options,
             channel_credentials,
             insecure,
