@@ -36,7 +36,7 @@ class Dispatcher:
         self._router = router
         self._waiters: list[_Waiter] = []
         self._arrivals = itertools.count()
-        pool.on_change = self._pump
+        pool.subscribe(self._pump)
 
     @property
     def num_waiting(self) -> int:

@@ -47,6 +47,8 @@ from .worker_pool import Assignment
 MAX_ATTEMPTS = 3
 # Most that a sequence waits for room, over all attempts; those in a hurry have a deadline.
 MAX_WAIT_S = 600.0
+# A worker may see the user's deadline pass this much before the gateway does.
+DEADLINE_SLACK_S = 0.1
 # Another attempt may succeed where these happened: the worker is gone, or the KV did not arrive as it was sent.
 _RETRYABLE = frozenset(
     {ErrorCode.UNAVAILABLE, ErrorCode.DATA_LOSS, ErrorCode.CANCELLED, ErrorCode.RESOURCE_EXHAUSTED}
@@ -163,8 +165,9 @@ class SequenceFlow:
                 assignment.refused()
             except _LegError as failed:
                 epoch += 1
-                if self._started or failed.error.code not in _RETRYABLE or epoch == MAX_ATTEMPTS:
-                    raise failed.error from None
+                error = self._judged(failed)
+                if self._started or error.code not in _RETRYABLE or epoch == MAX_ATTEMPTS:
+                    raise error from None
                 known = self._query.failed_workers
                 self._query = replace(self._query, failed_workers=known | {failed.worker_id})
             finally:
@@ -251,6 +254,15 @@ class SequenceFlow:
             raise _LegError(decode.worker_id, InternalError("the decode worker answered without a reservation"))
         reservation: worker_pb2.KvReservation = event.reserved
         return reservation
+
+    def _judged(self, failed: _LegError) -> FuselineError:
+        """The error to go by: a deadline that is not the user's is the workers' own, for a handoff that got stuck."""
+        time_left = self._time_left()
+        if isinstance(failed.error, DeadlineExceededError) and (time_left is None or time_left > DEADLINE_SLACK_S):
+            return UnavailableError(
+                f"worker {failed.worker_id} gave up waiting for the handoff", worker_id=failed.worker_id
+            )
+        return failed.error
 
     def _is_new(self, first: common_pb2.SequenceOutput) -> bool:
         """Whether the first token has to be given out; a retry must have sampled the same one.

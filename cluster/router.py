@@ -101,16 +101,22 @@ class BusyError(ResourceExhaustedError):
 
 @dataclass(frozen=True, slots=True)
 class Router:
-    """Routing for workers whose KV blocks have ``block_size`` tokens."""
+    """Routing for workers whose KV blocks have ``block_size`` tokens.
+
+    Attributes:
+        max_queued_tokens: a worker with more prompt tokens before it is full: the sequence's decode blocks, reserved
+            before prefill starts, would be held for too long, and another worker may be free sooner.
+    """
 
     block_size: int
+    max_queued_tokens: int = 8192
 
     def route(self, query: RoutingQuery, replicas: Collection[ReplicaSnapshot]) -> RoutingDecision:
         """Choose the cheapest workers. Draining replicas never; failed ones only when there is no other.
 
         Raises:
             UnavailableError: a needed pool has no replica that takes requests.
-            BusyError: the sequence fits a replica, but none has free blocks for it now.
+            BusyError: the sequence fits a replica, but none has free blocks for it now, or prefill has a long queue.
             ResourceExhaustedError: the prompt is larger than any replica's whole KV pool.
         """
         decoders = _eligible(query, replicas, (WorkerRole.DECODE, WorkerRole.MIXED))
@@ -118,7 +124,8 @@ class Router:
         if not decoders:
             raise UnavailableError("no decode worker takes requests", pool="decode", retry_after_s=1)
         fitting = self._with_room(query, decoders)
-        prefill = min(prefillers, key=lambda p: (self._prefill_work(query, p), p.worker_id), default=None)
+        prompt_workers = [p for p in prefillers if p.num_queued_tokens <= self.max_queued_tokens]
+        prefill = min(prompt_workers, key=lambda p: (self._prefill_work(query, p), p.worker_id), default=None)
         best: tuple[float, str] | None = None
         decision: RoutingDecision | None = None
         for decoder in fitting:
@@ -128,6 +135,8 @@ class Router:
             score = self._decode_cost(query, decoder) + cost, decoder.worker_id
             if best is None or score < best:
                 best, decision = score, self._decision(query, decoder, where)
+        if decision is None and prefillers:
+            raise BusyError("every prefill worker has a long queue", pool="prefill", retry_after_s=1)
         if decision is None:
             raise UnavailableError("no prefill worker takes requests", pool="prefill", retry_after_s=1)
         return decision

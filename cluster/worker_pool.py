@@ -144,16 +144,14 @@ class WorkerPool:
 
     Args:
         membership: says which workers there are.
-        on_change: called after every change that may let a waiting sequence go ahead, or end its hope.
     """
 
-    def __init__(self, membership: Membership, on_change: Callable[[], None] = lambda: None) -> None:
-        self.on_change = on_change
+    def __init__(self, membership: Membership) -> None:
+        self._listeners: list[Callable[[], None]] = []
         self._membership = membership
         self._workers: dict[str, _Worker] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._task: asyncio.Task[None] | None = None
-        self._changed = asyncio.Event()
 
     def start(self) -> None:
         """Begin to follow membership, in the running loop."""
@@ -178,9 +176,9 @@ class WorkerPool:
         """Whether a worker of one of ``roles`` takes requests."""
         return any(r.role in roles and not r.draining for r in self.replicas())
 
-    async def changed(self) -> None:
-        """Wait for the next change."""
-        await self._changed.wait()
+    def subscribe(self, listener: Callable[[], None]) -> None:
+        """Call ``listener`` after every change, for as long as the pool lives."""
+        self._listeners.append(listener)
 
     def hold(self, worker_id: str) -> _Worker:
         """Keep a worker's channel open until ``let_go``.
@@ -251,9 +249,8 @@ class WorkerPool:
         self._announce()
 
     def _announce(self) -> None:
-        self._changed.set()
-        self._changed = asyncio.Event()
-        self.on_change()
+        for listener in self._listeners:
+            listener()
 
     def _close_if_unused(self, worker: _Worker) -> None:
         if not worker.listed and not worker.num_leases:

@@ -20,7 +20,7 @@ from fuseline.runtime.errors import FuselineError, ResourceExhaustedError, Unava
 from fuseline.runtime.role import WorkerRole
 
 BLOCK = 16
-ROUTER = Router(BLOCK)
+ROUTER = Router(BLOCK, max_queued_tokens=4000)
 KEYS = tuple(range(1000, 1064))
 
 
@@ -116,8 +116,11 @@ def test_it_refuses_only_when_no_pair_of_workers_can_do_it(
     elif not isinstance(outcome, RoutingDecision):
         candidates = [d for d in decoders if d.worker_id not in asked.failed_workers] or decoders
         needed = -(-(asked.num_prompt_tokens + 1) // BLOCK)
-        assert all(d.num_free_blocks < needed for d in candidates)
-        assert (outcome is BusyError) == any(d.num_total_blocks >= needed for d in candidates)
+        if any(d.num_free_blocks >= needed for d in candidates):
+            assert outcome is BusyError
+            assert all(p.num_queued_tokens > ROUTER.max_queued_tokens for p in prefillers)
+        else:
+            assert (outcome is BusyError) == any(d.num_total_blocks >= needed for d in candidates)
 
 
 @given(queries, replicas())

@@ -1,0 +1,168 @@
+"""The front door of a cluster: one gRPC server with ``Inference``, ``Cluster``, health and reflection.
+
+Knows its workers through a membership and their ``Watch`` streams only, so it serves workers that Ray placed and
+workers that were started by hand alike.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from .. import __version__
+from ..proto.fuseline.v1 import cluster_pb2, cluster_pb2_grpc, inference_pb2, inference_pb2_grpc
+from ..runtime.config import ModelInfo
+from ..runtime.errors import UnavailableError
+from ..runtime.role import WorkerRole
+from ..workers.tokenizer import Tokenizer
+from .admission import Admission
+from .client import MAX_MESSAGE_BYTES
+from .dispatcher import Dispatcher
+from .inference_service import InferenceService
+from .membership import Membership
+from .router import Router
+from .worker_pool import WorkerPool
+
+INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
+CLUSTER = cluster_pb2.DESCRIPTOR.services_by_name["Cluster"].full_name
+_SERVER_OPTIONS = (
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    # Else a second gateway on a taken port would start, and take half of the first one's calls.
+    ("grpc.so_reuseport", 0),
+    # Clients ping every 30 s while a stream is open, however long the model thinks.
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.max_ping_strikes", 0),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayConfig:
+    """What a gateway decides by.
+
+    Attributes:
+        port: 0 lets the system choose.
+        block_size, enable_prefix_caching: of the workers' engines.
+        max_queued_tokens: a prefill worker with more prompt tokens before it gets no new ones; they wait here.
+        max_num_sequences: most sequences under way or waiting; one more is refused with a hint to retry.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 0
+    block_size: int = 16
+    enable_prefix_caching: bool = True
+    max_queued_tokens: int = 8192
+    max_num_sequences: int = 4096
+
+
+class Gateway:
+    """Serves users over the workers that ``membership`` names. Lives on one event loop.
+
+    Attributes:
+        inference: the service; its ``finished`` counts how sequences ended.
+        pool: the workers as the gateway sees them.
+    """
+
+    def __init__(
+        self,
+        config: GatewayConfig,
+        model: ModelInfo,
+        tokenizer: Tokenizer,
+        membership: Membership,
+        cluster_service: cluster_pb2_grpc.ClusterServicer | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Nothing runs before ``start``; ``cluster_service`` is served on the same port."""
+        self.pool = WorkerPool(membership)
+        self._config = config
+        self._cluster_service = cluster_service
+        self._admission = Admission(
+            model,
+            tokenizer,
+            block_size=config.block_size if config.enable_prefix_caching else None,
+            max_num_sequences=config.max_num_sequences,
+        )
+        dispatcher = Dispatcher(self.pool, Router(config.block_size, config.max_queued_tokens))
+        self.inference = InferenceService(model, tokenizer, self._admission, dispatcher, __version__, clock)
+        self._health: Any = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        self._changed = asyncio.Event()
+        self._health_task: asyncio.Task[None] | None = None
+        self._server: grpc.aio.Server | None = None
+
+    async def start(self) -> int:
+        """Listen, follow the workers, and return the port.
+
+        Raises:
+            UnavailableError: the address cannot be listened on.
+        """
+        server = grpc.aio.server(options=_SERVER_OPTIONS)
+        inference_pb2_grpc.add_InferenceServicer_to_server(self.inference, server)
+        names = [INFERENCE, health.SERVICE_NAME, reflection.SERVICE_NAME]
+        if self._cluster_service is not None:
+            cluster_pb2_grpc.add_ClusterServicer_to_server(self._cluster_service, server)
+            names.append(CLUSTER)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection(names, server)
+        address = f"{self._config.host}:{self._config.port}"
+        try:
+            port = server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise UnavailableError(f"cannot listen on {address}: is it in use?", address=address) from error
+        self.pool.subscribe(self._changed.set)
+        self.pool.start()
+        self._health_task = asyncio.create_task(self._tell_health())
+        await server.start()
+        self._server = server
+        return port
+
+    async def wait_ready(self) -> None:
+        """Return when a request could be served: a ready worker for each phase is in sight."""
+        ready = asyncio.Event()
+        self.pool.subscribe(lambda: ready.set() if self._can_serve() else None)
+        if not self._can_serve():
+            await ready.wait()
+
+    async def stop(self, grace_s: float) -> None:
+        """Refuse new requests, let those under way finish for at most ``grace_s``, cancel the rest."""
+        self._admission.close()
+        await self._health.enter_graceful_shutdown()
+        if self._server is not None:
+            await self._server.stop(grace_s)
+        if self._health_task is not None:
+            self._health_task.cancel()
+            await asyncio.gather(self._health_task, return_exceptions=True)
+        await self.pool.close()
+
+    def _can_serve(self) -> bool:
+        has_ready = self.pool.has_ready
+        if has_ready(WorkerRole.MIXED):
+            return True
+        return has_ready(WorkerRole.DECODE) and has_ready(WorkerRole.PREFILL)
+
+    async def _tell_health(self) -> None:
+        """Keep the health service's answers current."""
+        while True:
+            self._changed.clear()
+            can_serve = self._can_serve()
+            states = {
+                "": can_serve,
+                INFERENCE: can_serve,
+                "prefill": self.pool.has_ready(WorkerRole.PREFILL, WorkerRole.MIXED),
+                "decode": self.pool.has_ready(WorkerRole.DECODE, WorkerRole.MIXED),
+            }
+            if self._cluster_service is not None:
+                states[CLUSTER] = True
+            for name, serving in states.items():
+                status = (
+                    health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+                )
+                await self._health.set(name, status)
+            await self._changed.wait()
