@@ -13,7 +13,6 @@ blocks at once, so the transfer must have been stopped before they are called.
 
 from __future__ import annotations
 
-import heapq
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
@@ -33,12 +32,16 @@ from .errors import (
     ResourceExhaustedError,
     UnavailableError,
 )
+from .expirations import Expirations
 from .plan import Executor, StepResult
 from .request import FinishReason, Phase, Request, SequenceOutput
-from .scheduler import Chunk, ScheduledStep, Scheduler
+from .request_check import check_request, max_total_tokens
+from .scheduled_step import Chunk, ScheduledStep
+from .scheduler import Scheduler
 from .sequence import Sequence, SequenceState
+from .sequence_store import SequenceStore
 
-_NO_RUN = frozenset({SequenceState.RESERVED, SequenceState.HELD})
+_IN_HANDOFF = frozenset({SequenceState.RESERVED, SequenceState.HELD})
 
 
 class Engine:
@@ -58,17 +61,15 @@ class Engine:
         self.failure: FuselineError | None = None
         self._executor = executor
         self._clock = clock
-        self._scheduler = Scheduler(config)
-        self._block_size = config.cache.block_size
+        self._store = SequenceStore(config)
+        self._scheduler = Scheduler(config, self._store)
         self._depth = config.parallel.pipeline_parallel_size
-        self._max_total_tokens = min(config.model.max_model_len, config.cache.num_blocks * self._block_size)
+        self._max_total_tokens = max_total_tokens(config)
         self._eos_token_ids = frozenset(config.model.eos_token_ids)
         self._is_eos = np.zeros(config.model.shape.vocab_size, np.bool_)
         self._is_eos[list(config.model.eos_token_ids)] = True
-        self._sequences: dict[str, Sequence] = {}
         self._in_flight: deque[ScheduledStep] = deque()
-        self._expirations: list[tuple[float, int, Sequence]] = []
-        self._num_expirations = 0
+        self._expirations = Expirations()
         self._num_arrivals = 0
         self._num_finished = 0
         self._num_generated_tokens = 0
@@ -90,13 +91,12 @@ class Engine:
             raise InvalidArgumentError("a decode request is admitted by reserve and commit", field="phase")
         self._check(request)
         limit = self.config.scheduler.max_num_queued
-        if len(self._scheduler.waiting) >= limit:
+        if len(self._store.waiting) >= limit:
             raise ResourceExhaustedError(
                 f"{limit} requests are waiting, which is the limit", field="max_num_queued", value=limit, limit=limit
             )
         seq = self._new_sequence(request)
-        self._scheduler.enqueue(seq)
-        self._sequences[request.request_id] = seq
+        self._store.add_waiting(seq)
         self._expire_at(seq, request.deadline)
 
     def reserve(self, request: Request) -> Reserved:
@@ -111,7 +111,6 @@ class Engine:
         self._check(request)
         seq = self._new_sequence(request)
         self._scheduler.reserve(seq)
-        self._sequences[request.request_id] = seq
         self._expire_at(seq, self._handoff_limit(request))
         return Reserved(seq.num_cached_tokens, tuple(seq.block_ids))
 
@@ -127,7 +126,7 @@ class Engine:
             NotFoundError: there is no such reservation (any more).
             InvalidArgumentError: the token is not in the vocabulary.
         """
-        seq = self._sequences.get(request_id)
+        seq = self._store.sequences.get(request_id)
         if seq is None or seq.state is not SequenceState.RESERVED:
             raise NotFoundError(f"there is no reservation for request {request_id!r}", field="request_id")
         if not 0 <= first_token_id < len(self._is_eos):
@@ -138,13 +137,12 @@ class Engine:
                 limit=len(self._is_eos),
             )
         seq.num_computed_tokens = seq.num_prompt_tokens
-        self._scheduler.cache.register(seq, seq.num_prompt_tokens)
+        self._store.cache.register(seq, seq.num_prompt_tokens)
         seq.token_ids.append(first_token_id)
         reason = seq.finish_reason()
         if reason is not None:
             return self._finish(seq, reason)
-        seq.state = SequenceState.COMMITTED
-        self._scheduler.enqueue(seq)
+        self._store.commit(seq)
         self._expire_at(seq, seq.request.deadline)
         self._is_idle = False
         return None
@@ -154,7 +152,7 @@ class Engine:
 
         Does nothing when there is no such handoff (any more).
         """
-        seq = self._sequences.get(request_id)
+        seq = self._store.sequences.get(request_id)
         if seq is None or seq.state not in (SequenceState.HELD, SequenceState.EXPIRED):
             return
         if seq.state is SequenceState.HELD:
@@ -173,7 +171,7 @@ class Engine:
         Returns:
             The final output, or None when the request had ended already or never was.
         """
-        seq = self._sequences.get(request_id)
+        seq = self._store.sequences.get(request_id)
         if seq is None:
             return None
         if seq.state is SequenceState.EXPIRED:
@@ -207,9 +205,9 @@ class Engine:
         """The executor is unusable: end every request with FinishReason.ERROR, and refuse new ones."""
         self.failure = error
         self._in_flight.clear()
-        self._scheduler.abandon_steps()
+        self._scheduler.forget_steps()
         outputs = []
-        for seq in list(self._sequences.values()):
+        for seq in list(self._store.sequences.values()):
             output = self.abort(seq.request_id, FinishReason.ERROR, error.code, error.message)
             if output is not None:
                 outputs.append(output)
@@ -218,8 +216,8 @@ class Engine:
     @property
     def has_unfinished(self) -> bool:
         """Whether ``step`` has sequences to run or steps to collect. Reservations and held prefills do not count."""
-        scheduler = self._scheduler
-        return bool(scheduler.running or scheduler.waiting or scheduler.committed or self._in_flight)
+        store = self._store
+        return bool(store.running or store.waiting or store.committed or self._in_flight)
 
     @property
     def is_idle(self) -> bool:
@@ -230,40 +228,29 @@ class Engine:
     @property
     def next_deadline(self) -> float | None:
         """When ``step`` must be called at the latest, on the engine's clock."""
-        heap = self._expirations
-        while heap and heap[0][2].expires_at != heap[0][0]:
-            heapq.heappop(heap)
-        return heap[0][0] if heap else None
-
-    def num_live(self) -> int:
-        """Requests that have not ended."""
-        return sum(not seq.has_ended for seq in self._sequences.values())
+        return self._expirations.next
 
     def stats(self) -> EngineStats:
         """A snapshot; costs some microseconds per live request."""
-        scheduler = self._scheduler
-        states = [seq.state for seq in self._sequences.values()]
-        queued = (
-            seq.num_tokens - seq.num_computed_tokens
-            for seq in (*scheduler.waiting, *scheduler.running)
-            if seq.state is not SequenceState.DECODING
-        )
+        store = self._store
+        states = [seq.state for seq in store.sequences.values()]
+        queued = (seq.num_tokens - seq.num_computed_tokens for seq in (*store.waiting, *store.prefilling))
         return EngineStats(
-            num_running=len(scheduler.running),
-            num_waiting=len(scheduler.waiting) + len(scheduler.committed),
+            num_running=len(store.running),
+            num_waiting=len(store.waiting) + len(store.committed),
             num_reserved=states.count(SequenceState.RESERVED),
             num_held=states.count(SequenceState.HELD) + states.count(SequenceState.EXPIRED),
             num_queued_tokens=sum(queued),
-            num_total_blocks=scheduler.pool.num_blocks,
-            num_free_blocks=scheduler.pool.num_free,
-            num_steps=scheduler.num_steps,
+            num_total_blocks=store.pool.num_blocks,
+            num_free_blocks=store.pool.num_free,
+            num_steps=self._scheduler.num_steps,
             num_finished=self._num_finished,
-            num_preemptions=scheduler.num_preemptions,
+            num_preemptions=store.num_preemptions,
             num_generated_tokens=self._num_generated_tokens,
-            num_prefix_cache_query_tokens=scheduler.cache.num_query_tokens,
-            num_prefix_cache_hit_tokens=scheduler.cache.num_hit_tokens,
-            num_leaked_blocks=scheduler.num_leaked_blocks(self._sequences.values()),
-            recent_prefix_hashes=scheduler.cache.recent_hashes(),
+            num_prefix_cache_query_tokens=store.cache.num_query_tokens,
+            num_prefix_cache_hit_tokens=store.cache.num_hit_tokens,
+            num_leaked_blocks=store.num_leaked_blocks(),
+            recent_prefix_hashes=store.cache.recent_hashes(),
         )
 
     def check_integrity(self) -> None:
@@ -272,46 +259,16 @@ class Engine:
         Raises:
             InternalError: naming what is broken.
         """
-        self._scheduler.check_integrity(self._sequences.values())
+        self._store.check_integrity()
 
     # -- inside --------------------------------------------------------------------------------------------------
 
     def _check(self, request: Request) -> None:
         if self.failure is not None:
             raise UnavailableError(f"the group has failed: {self.failure.message}")
-        if request.request_id in self._sequences:
+        if request.request_id in self._store.sequences:
             raise AlreadyExistsError(f"request {request.request_id!r} is live already", field="request_id")
-        vocab_size, params = len(self._is_eos), request.params
-        for field, token_ids in (
-            ("prompt", request.prompt_token_ids),
-            ("logit_bias", params.logit_bias),
-            ("stop_token_ids", params.stop_token_ids),
-        ):
-            if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab_size):
-                bad = next(token for token in token_ids if not 0 <= token < vocab_size)
-                raise InvalidArgumentError(
-                    f"{field} has token id {bad}, the vocabulary has {vocab_size}",
-                    field=field,
-                    value=bad,
-                    limit=vocab_size,
-                )
-        num_tokens, max_model_len = len(request.prompt_token_ids), self.config.model.max_model_len
-        if num_tokens >= max_model_len:
-            raise InvalidArgumentError(
-                f"the prompt has {num_tokens} tokens; the model's context of {max_model_len} leaves room for"
-                f" {max_model_len - 1}",
-                field="prompt",
-                value=num_tokens,
-                limit=max_model_len - 1,
-            )
-        if num_tokens >= self._max_total_tokens:
-            raise ResourceExhaustedError(
-                f"the prompt has {num_tokens} tokens; the KV pool of {self.config.cache.num_blocks} blocks can never"
-                f" hold more than {self._max_total_tokens - 1}",
-                field="prompt",
-                value=num_tokens,
-                limit=self._max_total_tokens - 1,
-            )
+        check_request(self.config, request)
 
     def _new_sequence(self, request: Request) -> Sequence:
         self._num_arrivals += 1
@@ -329,27 +286,16 @@ class Engine:
         return limit if request.deadline is None else min(limit, request.deadline)
 
     def _expire_at(self, seq: Sequence, time: float | None) -> None:
-        seq.expires_at = time
-        if time is None:
-            return
-        self._num_expirations += 1
-        if len(self._expirations) > 2 * len(self._sequences) + 64:
-            self._expirations = [entry for entry in self._expirations if entry[2].expires_at == entry[0]]
-            heapq.heapify(self._expirations)
-        heapq.heappush(self._expirations, (time, self._num_expirations, seq))
+        self._expirations.set(seq, time, len(self._store.sequences))
 
     def _expire(self) -> list[SequenceOutput]:
         outputs: list[SequenceOutput] = []
-        if not self._expirations:
+        if self._expirations.next is None:
             return outputs
-        now = self._clock()
-        while (deadline := self.next_deadline) is not None and deadline <= now:
-            seq = self._expirations[0][2]
-            if seq.state in _NO_RUN:
-                seq.state = SequenceState.EXPIRED
-                seq.expires_at = None
-                self._num_finished += 1
-                outputs.append(SequenceOutput(seq.request_id, finish_reason=FinishReason.DEADLINE))
+        for seq in self._expirations.pop_until(self._clock()):
+            if seq.state in _IN_HANDOFF:
+                self._store.expire(seq)
+                outputs.append(self._final_output(seq, FinishReason.DEADLINE))
             else:
                 outputs.append(self._finish(seq, FinishReason.DEADLINE))
         return outputs
@@ -357,8 +303,13 @@ class Engine:
     def _finish(
         self, seq: Sequence, reason: FinishReason, error_code: ErrorCode | None = None, error: str = ""
     ) -> SequenceOutput:
-        self._num_finished += 1
         self._drop(seq)
+        return self._final_output(seq, reason, error_code, error)
+
+    def _final_output(
+        self, seq: Sequence, reason: FinishReason, error_code: ErrorCode | None = None, error: str = ""
+    ) -> SequenceOutput:
+        self._num_finished += 1
         return SequenceOutput(
             seq.request_id,
             num_cached_tokens=seq.num_cached_tokens,
@@ -370,8 +321,7 @@ class Engine:
     def _drop(self, seq: Sequence) -> None:
         self._is_idle = False
         seq.expires_at = None
-        self._scheduler.release(seq)
-        del self._sequences[seq.request_id]
+        self._store.release(seq)
 
     def _check_result(self, step: ScheduledStep, result: StepResult) -> None:
         token_ids, num_samples = result.token_ids, int(step.plan.samples.sum())
@@ -397,8 +347,8 @@ class Engine:
         self, rows: NDArray[np.intp], seqs: list[Sequence], result: StepResult, outputs: list[SequenceOutput]
     ) -> None:
         """One token for each row, except those of sequences that ended meanwhile. The engine's hottest code."""
-        table, tokens = self._scheduler.table, result.token_ids[: len(seqs)]
-        if self._scheduler.has_ending:
+        table, tokens = self._store.table, result.token_ids[: len(seqs)]
+        if self._store.has_ending:
             live = [i for i, seq in enumerate(seqs) if not seq.has_ended]
             rows, tokens, seqs = rows[live], tokens[live], [seqs[i] for i in live]
         num_tokens = table.num_tokens[rows] + 1
@@ -406,7 +356,7 @@ class Engine:
         table.input_token[rows] = tokens
         table.ready[rows] = True
         may_end = (num_tokens >= table.max_len[rows]) | self._is_eos[tokens] | table.has_stop_ids[rows]
-        fills_block = (num_tokens - 1) % self._block_size == 0
+        fills_block = (num_tokens - 1) % self._store.block_size == 0
         first = len(outputs)
         for seq, token in zip(seqs, tokens.tolist(), strict=True):
             seq.token_ids.append(token)
@@ -418,7 +368,7 @@ class Engine:
                     outputs[first + i] = replace(outputs[first + i], logprobs=(result.logprobs[row],))
         if fills_block.any():
             for i in np.flatnonzero(fills_block).tolist():
-                self._scheduler.cache.register(seqs[i], seqs[i].num_tokens - 1)
+                self._store.cache.register(seqs[i], seqs[i].num_tokens - 1)
         if may_end.any():
             for i in np.flatnonzero(may_end).tolist():
                 reason = seqs[i].finish_reason()
@@ -431,7 +381,7 @@ class Engine:
         self, chunk: Chunk, token: int | None, result: StepResult, outputs: list[SequenceOutput]
     ) -> None:
         seq = chunk.seq
-        self._scheduler.cache.register(seq, chunk.end)
+        self._store.cache.register(seq, chunk.end)
         if seq.prompt_logprobs is not None:
             seq.prompt_logprobs += result.prompt_logprobs.get(seq.row, ())
         if token is None:
@@ -453,7 +403,7 @@ class Engine:
             self._num_finished += 1
             self._drop(seq)
         elif seq.request.phase is Phase.PREFILL:
-            self._scheduler.hold(seq)
+            self._store.hold(seq)
             self._expire_at(seq, self._handoff_limit(seq.request))
         else:
-            self._scheduler.start_decoding(seq)
+            self._store.start_decoding(seq)
