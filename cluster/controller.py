@@ -35,6 +35,7 @@ from .reconcile import (
     Stop,
     Target,
     reconcile,
+    retire,
 )
 from .roster import Member, Roster
 
@@ -169,7 +170,7 @@ class Controller:
             known = ", ".join(sorted(members)) or "none"
             raise NotFoundError(f"there is no replica {worker_id!r}; there are: {known}", worker_id=worker_id)
         if member.replica.counts:
-            self._carry_out(Drain(worker_id))
+            self._carry_out(retire(member.replica))
             self._note_change()
         end = self._clock() + timeout_s
         while worker_id in members and (left_s := end - self._clock()) > 0:

@@ -221,7 +221,7 @@ def reconcile(
         live = sorted((item for item in staying if item.slot.pool is pool and item.counts), key=_leaves_first)
         surplus = max(len(live) - target.size(pool), 0)
         role = target.role(pool)
-        changes += [_retire(replica) for replica in live[:surplus]]
+        changes += [retire(replica) for replica in live[:surplus]]
         changes += [SetRole(replica.worker_id, role) for replica in live[surplus:] if replica.role is not role]
         for slot in _free_slots(pool, live, target.size(pool) - len(live)):
             in_use.add(slot)
@@ -261,7 +261,8 @@ def _leaves_first(replica: Replica) -> tuple[bool, int, float, str]:
     return replica.state is ReplicaState.READY, replica.load, -replica.started_at, replica.worker_id
 
 
-def _retire(replica: Replica) -> Action:
+def retire(replica: Replica) -> Action:
+    """How a replica that counts is taken out: one that serves nobody yet is simply stopped."""
     if replica.state is ReplicaState.STARTING:
         return Stop(replica.worker_id, "not wanted any more")
     return Drain(replica.worker_id)
