@@ -13,6 +13,8 @@ def embedding(token_ids: Tensor, weight: Tensor, vocab_start: int, vocab_size: i
     rows = weight.shape[0]
     if rows == vocab_size:
         return F.embedding(token_ids, weight)
+    if rows == 0:
+        return weight.new_zeros(token_ids.shape[0], weight.shape[1])
     local = token_ids - vocab_start
     elsewhere = (local < 0) | (local >= rows)
     return F.embedding(local.masked_fill(elsewhere, 0), weight).masked_fill_(elsewhere[:, None], 0)
