@@ -15,7 +15,7 @@ import grpc
 import grpc.aio
 
 from ..proto.fuseline.v1 import cluster_pb2, cluster_pb2_grpc, inference_pb2, inference_pb2_grpc
-from ..runtime.errors import FuselineError, InvalidArgumentError, UnavailableError
+from ..runtime.errors import DeadlineExceededError, FuselineError, InvalidArgumentError, UnavailableError
 from ..runtime.sampling_params import SamplingParams
 from ..workers.grpc_errors import error_from_rpc
 from .generation import (
@@ -312,6 +312,8 @@ def _typed(error: grpc.RpcError, address: str) -> FuselineError:
     if isinstance(typed, UnavailableError) and not typed.details:
         # Not the gateway's words but gRPC's: nobody answers there, or the connection broke.
         return UnavailableError(f"no answer from {address}: {_first_clause(typed.message)}", address=address)
+    if isinstance(typed, DeadlineExceededError) and not typed.details:
+        return DeadlineExceededError("the timeout passed")
     return typed
 
 

@@ -172,6 +172,10 @@ class WorkerPool:
         """Every worker that can be reached, with its pending work added; draining ones are marked so."""
         return [snapshot for worker in self._workers.values() if (snapshot := _snapshot_of(worker)) is not None]
 
+    def snapshots(self) -> dict[str, worker_pb2.WorkerSnapshot]:
+        """What each worker that can be reached last said of itself, by worker id."""
+        return {name: worker.snapshot for name, worker in self._workers.items() if worker.snapshot is not None}
+
     def has_ready(self, *roles: WorkerRole) -> bool:
         """Whether a worker of one of ``roles`` takes requests."""
         return any(r.role in roles and not r.draining for r in self.replicas())
