@@ -1,0 +1,262 @@
+"""Runs an engine's plans on all ranks of a group, and notices when one of them is lost.
+
+The first rank lives here; with others beside it, it computes on a thread of its own, so that whoever waits for a step
+learns of a dead rank at once, whatever that thread is stuck in. The others are reached by step channels, each with a
+reader thread. All of them report into one mailbox, and the first failure reported is the group's for good.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from typing import Any, Protocol, TypeVar
+
+from ..collectives.step_channel import StepChannel
+from ..runtime.errors import FuselineError, InternalError, UnavailableError
+from ..runtime.plan import StepPlan, StepResult
+from .launcher import RankProcess
+from .rank import RankWorker
+from .rank_protocol import RankFailure, Shutdown, error_of
+
+logger = logging.getLogger(__name__)
+Answer = TypeVar("Answer")
+_STOP_TIMEOUT_S = 10.0
+
+
+class _Mailbox(Protocol):
+    def deliver(self, rank: int, message: object) -> None: ...
+    def fail(self, error: FuselineError) -> None: ...
+
+
+class _Link(Protocol):
+    """How the executor reaches a rank."""
+
+    def send(self, message: object) -> None: ...
+    def hang_up(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class GroupExecutor:
+    """An ``Executor`` over the ranks of one group; used by one thread, except for ``close`` and ``failure``.
+
+    Args:
+        first: the rank in this process.
+        others: channel and process of every other rank, by rank.
+        timeout_s: for a step to come back; a rank that hangs longer is as good as lost.
+    """
+
+    def __init__(
+        self, first: RankWorker, others: Mapping[int, tuple[StepChannel, RankProcess]], timeout_s: float
+    ) -> None:
+        self._timeout_s = timeout_s
+        self._condition = threading.Condition()
+        self._answers: dict[int, object] = {}  # guarded by _condition, like the next three
+        self._results: deque[StepResult] = deque()
+        self._failure: FuselineError | None = None
+        self._closed = False
+        self._processes = {rank: process for rank, (_, process) in others.items()}
+        # Remote ranks first: they should have the plan before this process is busy with it.
+        self._links: list[_Link] = [_ChannelLink(rank, channel, self) for rank, (channel, _) in others.items()]
+        self._links.append(_LocalLink(first, self) if others else _InlineLink(first, self))
+
+    @property
+    def failure(self) -> FuselineError | None:
+        """Why the group is unusable, or None."""
+        return self._failure
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the ranks beyond the first, as far as they are known."""
+        return [process.pid for process in self._processes.values() if process.pid is not None]
+
+    def submit(self, plan: StepPlan) -> None:
+        """See ``Executor``."""
+        self._send(plan)
+
+    def collect(self) -> StepResult:
+        """See ``Executor``."""
+        with self._condition:
+            self._wait(lambda: bool(self._results), self._timeout_s)
+            return self._results.popleft()
+
+    def ask(self, message: object, answer_type: type[Answer], timeout_s: float) -> list[Answer]:
+        """Send a message to every rank and wait for all answers, in rank order. Not while steps are in flight.
+
+        Raises:
+            UnavailableError: a rank is lost, or silent for ``timeout_s``.
+            FuselineError: it failed on a rank; the group is unusable.
+        """
+        self._answers.clear()
+        self._send(message)
+        with self._condition:
+            self._wait(lambda: len(self._answers) == len(self._links), timeout_s)
+            answers = [self._answers[rank] for rank in sorted(self._answers)]
+        checked = [answer for answer in answers if isinstance(answer, answer_type)]
+        if len(checked) != len(answers):
+            raise InternalError(f"expected {answer_type.__name__} from every rank, got {answers}")
+        return checked
+
+    def _send(self, message: object) -> None:
+        self._raise_failure()
+        for link in self._links:
+            try:
+                link.send(message)
+            except UnavailableError as error:
+                self.fail(error)
+        self._raise_failure()
+
+    def _wait(self, done: Any, timeout_s: float) -> None:
+        """Wait under the condition until ``done()``; raises the failure as soon as there is one."""
+        deadline = time.monotonic() + timeout_s
+        while not done():
+            self._raise_failure()
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                self.fail(UnavailableError(f"the group has not answered for {timeout_s:g} s", limit=timeout_s))
+            else:
+                self._condition.wait(remaining)
+
+    def _raise_failure(self) -> None:
+        failure = self._failure
+        if failure is not None:
+            raise type(failure)(failure.message, **failure.details) from failure
+        if self._closed:
+            raise UnavailableError("the group is closed")
+
+    # --- reports of the links, from their threads -----------------------------------------------------------------
+
+    def deliver(self, rank: int, message: object) -> None:
+        """A rank has something to say."""
+        if isinstance(message, RankFailure):
+            self.fail(error_of(message, f"rank {rank}"))
+            return
+        with self._condition:
+            if isinstance(message, StepResult):
+                self._results.append(message)
+            else:
+                self._answers[rank] = message
+            self._condition.notify_all()
+
+    def fail(self, error: FuselineError) -> None:
+        """The group is unusable; the first reason given stays. Frees everybody who waits for a peer."""
+        with self._condition:
+            if self._failure is not None or self._closed:
+                return
+            dead = {rank: code for rank, p in self._processes.items() if (code := p.exit_code()) is not None}
+            if dead and isinstance(error, UnavailableError):
+                names = ", ".join(f"rank {rank} (exit code {code})" for rank, code in dead.items())
+                error = UnavailableError(f"{names} is gone: {error.message}", ranks=sorted(dead))
+            self._failure = error
+            self._condition.notify_all()
+        logger.error("the group has failed: %s", error)
+        for link in self._links:
+            link.hang_up()
+
+    def close(self) -> None:
+        """End all ranks in order, within some seconds, by force if need be. From any thread, idempotent."""
+        with self._condition:
+            if self._closed:
+                return
+            self._closed = True
+            orderly = self._failure is None
+            self._condition.notify_all()
+        if orderly:
+            for link in self._links:
+                with contextlib.suppress(UnavailableError):
+                    link.send(Shutdown())
+        deadline = time.monotonic() + (_STOP_TIMEOUT_S if orderly else 1.0)
+        for process in self._processes.values():
+            process.stop(max(0.0, deadline - time.monotonic()))
+        for link in self._links:
+            link.close()
+
+
+class _ChannelLink:
+    """A rank in another process."""
+
+    def __init__(self, rank: int, channel: StepChannel, mailbox: _Mailbox) -> None:
+        self._rank = rank
+        self._channel = channel
+        self._mailbox = mailbox
+        self._thread = threading.Thread(target=self._read, name=f"rank-{rank}-reader", daemon=True)
+        self._thread.start()
+
+    def send(self, message: object) -> None:
+        self._channel.send(message)
+
+    def hang_up(self) -> None:
+        self._channel.close()
+
+    def close(self) -> None:
+        self._channel.close()
+        self._thread.join(_STOP_TIMEOUT_S)
+
+    def _read(self) -> None:
+        while True:
+            try:
+                message = self._channel.receive()
+            except FuselineError as error:
+                self._mailbox.fail(error)
+                return
+            self._mailbox.deliver(self._rank, message)
+
+
+class _LocalLink:
+    """The first rank beside others: computes on its own thread."""
+
+    def __init__(self, worker: RankWorker, mailbox: _Mailbox) -> None:
+        self._worker = worker
+        self._mailbox = mailbox
+        self._inbox: queue.SimpleQueue[object] = queue.SimpleQueue()  # bounded by the pipeline's depth
+        self._thread = threading.Thread(target=self._run, name="rank-0", daemon=True)
+        self._thread.start()
+
+    def send(self, message: object) -> None:
+        self._inbox.put(message)
+
+    def hang_up(self) -> None:
+        self._worker.close()
+
+    def close(self) -> None:
+        self._worker.close()
+        self._inbox.put(Shutdown())
+        self._thread.join(_STOP_TIMEOUT_S)
+
+    def _run(self) -> None:
+        while not isinstance(message := self._inbox.get(), Shutdown):
+            try:
+                reply = self._worker.compute(message)
+            except FuselineError as error:
+                self._mailbox.fail(error)
+                return
+            if reply is not None:
+                self._mailbox.deliver(0, reply)
+
+
+class _InlineLink:
+    """The only rank: computes in the caller's thread."""
+
+    def __init__(self, worker: RankWorker, mailbox: _Mailbox) -> None:
+        self._worker = worker
+        self._mailbox = mailbox
+
+    def send(self, message: object) -> None:
+        if isinstance(message, Shutdown):
+            return
+        try:
+            reply = self._worker.compute(message)
+        except FuselineError as error:
+            self._mailbox.fail(error)
+            return
+        self._mailbox.deliver(0, reply)
+
+    def hang_up(self) -> None:
+        self._worker.close()
+
+    def close(self) -> None:
+        self._worker.close()

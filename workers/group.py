@@ -1,0 +1,206 @@
+"""A model on a group of ranks, with the engine that drives it: what a worker process, or an ``LLM``, is built on."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from ..collectives.communicator import CommunicatorStore
+from ..collectives.step_channel import StepChannel, StepListener
+from ..runtime.config import CacheConfig, EngineConfig, SchedulerConfig
+from ..runtime.engine import Engine
+from ..runtime.errors import InvalidArgumentError, UnavailableError
+from ..runtime.sharding import ParallelConfig, check_shardable
+from .executor import GroupExecutor
+from .launcher import LocalLauncher, RankLauncher, RankProcess
+from .loader import model_info, resolve_model
+from .rank import RankWorker
+from .rank_protocol import CODEC, AllocateCache, Loaded, LoadModel, Ready
+
+
+@dataclass(frozen=True, slots=True)
+class GroupConfig:
+    """What a group should be; everything has a default but the model.
+
+    Attributes:
+        model: "demo", a directory, or the id of a Hugging Face repository.
+        name: it is served under; the directory's name when empty.
+        device: "cpu", "cuda", or "auto" for cuda where there is one.
+        dtype: of weights, computation and KV cache; "auto" takes the checkpoint's.
+        max_model_len: None takes what the model was made for.
+        num_kv_blocks: None takes what ``kv_cache_memory_bytes`` has room for.
+        kv_cache_memory_bytes: per rank. None: what ``gpu_memory_utilization`` leaves on a GPU; on a CPU an eighth of
+            the free memory, at most 2 GiB, shared by the ranks. Never more than ``max_num_seqs`` sequences can fill.
+        num_threads: of each rank on a CPU. None: this machine's cores shared by the ranks; a single rank then leaves
+            torch's own setting alone.
+        start_timeout_s: for all ranks to have started and loaded.
+        step_timeout_s: for one step, and each exchange in it.
+    """
+
+    model: str
+    name: str = ""
+    device: str = "auto"
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    parallel: ParallelConfig = ParallelConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    block_size: int = 16
+    num_kv_blocks: int | None = None
+    kv_cache_memory_bytes: int | None = None
+    gpu_memory_utilization: float = 0.9
+    enable_prefix_caching: bool = True
+    num_threads: int | None = None
+    start_timeout_s: float = 600.0
+    step_timeout_s: float = 300.0
+
+    def __post_init__(self) -> None:
+        for name, value, low, high in (
+            ("gpu_memory_utilization", self.gpu_memory_utilization, 0.05, 1.0),
+            ("num_threads", 1 if self.num_threads is None else self.num_threads, 1, 4096),
+            ("start_timeout_s", self.start_timeout_s, 0.1, 86400.0),
+            ("step_timeout_s", self.step_timeout_s, 0.1, 86400.0),
+        ):
+            if not low <= value <= high:
+                raise InvalidArgumentError(
+                    f"{name} must be between {low} and {high}, got {value}", field=name, value=value
+                )
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise InvalidArgumentError(
+                f"device must be auto, cpu or cuda, got {self.device!r}", field="device", value=self.device
+            )
+
+
+class ModelGroup:
+    """A running group. The engine belongs to one thread; ``close`` may come from any.
+
+    Attributes:
+        config: as asked for.
+        engine_config: with everything resolved.
+        model_path: directory of the model on this machine.
+    """
+
+    def __init__(
+        self,
+        config: GroupConfig,
+        engine_config: EngineConfig,
+        model_path: Path,
+        executor: GroupExecutor,
+        store: CommunicatorStore | None,
+        clock: Callable[[], float],
+    ) -> None:
+        self.config = config
+        self.engine_config = engine_config
+        self.model_path = model_path
+        self.executor = executor
+        self.engine = Engine(engine_config, executor, clock)
+        self._store = store
+
+    @classmethod
+    def start(
+        cls,
+        config: GroupConfig,
+        launcher: RankLauncher | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> ModelGroup:
+        """Start all ranks, load the model, make the KV cache. Blocks; on failure nothing is left behind.
+
+        Args:
+            launcher: of the ranks beyond the first; None starts them on this machine.
+            clock: of the engine.
+
+        Raises:
+            NotFoundError, ModelFormatError, InvalidArgumentError: of model and configuration.
+            ResourceExhaustedError: not enough memory or devices.
+            UnavailableError: a rank did not start, or died.
+        """
+        launcher = launcher or LocalLauncher()
+        device = _resolve_device(config.device)
+        path = resolve_model(config.model)
+        info = model_info(path, config.dtype, config.max_model_len, config.name)
+        parallel, scheduler = config.parallel, config.scheduler
+        check_shardable(info.shape, parallel)
+        load = LoadModel(
+            model=config.model,
+            info=info,
+            parallel=parallel,
+            scheduler=scheduler,
+            block_size=config.block_size,
+            store_address="",
+            timeout_s=config.step_timeout_s,
+            num_threads=_threads_per_rank(config),
+            memory_fraction=config.gpu_memory_utilization,
+            num_kv_blocks=config.num_kv_blocks,
+            kv_cache_memory_bytes=config.kv_cache_memory_bytes,
+        )
+        store: CommunicatorStore | None = None
+        deadline = time.monotonic() + config.start_timeout_s
+        others: dict[int, tuple[StepChannel, RankProcess]] = {}
+        if parallel.world_size > 1:
+            store = CommunicatorStore(launcher.host, config.start_timeout_s)
+            load = replace(load, store_address=store.address)
+            others = _launch(launcher, parallel.world_size, device, config.start_timeout_s)
+        first = RankWorker(0, torch.device("cuda:0" if device == "cuda" else "cpu"), launcher.host)
+        executor = GroupExecutor(first, others, config.step_timeout_s)
+        try:
+            loaded = executor.ask(load, Loaded, max(0.1, deadline - time.monotonic()))
+            num_blocks = min(answer.max_num_blocks for answer in loaded)
+            cache = CacheConfig(num_blocks, config.block_size, config.enable_prefix_caching)
+            engine_config = EngineConfig(info, cache, scheduler, parallel)
+            executor.ask(AllocateCache(num_blocks), Ready, max(0.1, deadline - time.monotonic()))
+            return cls(config, engine_config, path, executor, store, clock)
+        except BaseException:
+            executor.close()
+            if store is not None:
+                store.close()
+            raise
+
+    def close(self) -> None:
+        """End the ranks and free the memory; idempotent. The engine, if it is still used, sees UnavailableError."""
+        self.executor.close()
+        if self._store is not None:
+            self._store.close()
+
+
+def _launch(
+    launcher: RankLauncher, world_size: int, device: str, timeout_s: float
+) -> dict[int, tuple[StepChannel, RankProcess]]:
+    """Start the ranks beyond the first and wait until they have called in."""
+    listener = StepListener(launcher.host, CODEC)
+    processes: dict[int, RankProcess] = {}
+
+    def check() -> None:
+        for rank, process in processes.items():
+            if (code := process.exit_code()) is not None:
+                raise UnavailableError(f"rank {rank} ended with exit code {code} before it called in", rank=rank)
+
+    try:
+        for rank in range(1, world_size):
+            processes[rank] = launcher.launch(rank, listener.address, listener.token, device)
+        channels = listener.accept(set(processes), timeout_s, check)
+    except BaseException:
+        for process in processes.values():
+            process.stop(0.0)
+        raise
+    finally:
+        listener.close()
+    return {rank: (channels[rank], processes[rank]) for rank in processes}
+
+
+def _resolve_device(device: str) -> str:
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InvalidArgumentError("device=cuda, but torch sees no CUDA device", field="device", value=device)
+    return device
+
+
+def _threads_per_rank(config: GroupConfig) -> int | None:
+    world_size = config.parallel.world_size
+    if config.num_threads is not None or world_size == 1:
+        return config.num_threads
+    return max(1, len(os.sched_getaffinity(0)) // world_size)
