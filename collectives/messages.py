@@ -44,7 +44,7 @@ class MessageCodec:
         if tag is None:
             raise InvalidArgumentError(f"{type(message).__name__} is not a message of this channel")
         try:
-            packed: bytes = msgpack.packb([tag, _coder(type(message)).encode(message)], use_bin_type=True)
+            packed: bytes = msgpack.packb([tag, _coder(self._types[tag]).encode(message)], use_bin_type=True)
         except (TypeError, ValueError, OverflowError, AttributeError) as error:
             raise InvalidArgumentError(f"{type(message).__name__} cannot be encoded: {error}") from error
         return packed

@@ -80,7 +80,9 @@ class ModelRunner:
             ForwardBuffers(num_rows, config.scheduler.max_num_batched_tokens, config.max_blocks_per_seq, self._device)
             for _ in range(pp.world_size)
         ]
-        self._copied = [torch.cuda.Event() for _ in self._buffers] if self._device.type == "cuda" else []
+        self._copied: list[torch.cuda.Event] = []
+        if self._device.type == "cuda":
+            self._copied = [torch.cuda.Event() for _ in self._buffers]  # type: ignore[no-untyped-call]
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult | None:
