@@ -137,6 +137,7 @@ class Assignment:
         self._pool.let_go(self._decoder)
         if self._prefiller is not None:
             self._pool.let_go(self._prefiller)
+        self._pool.announce()
 
 
 class WorkerPool:
@@ -201,6 +202,11 @@ class WorkerPool:
         worker.num_leases -= 1
         self._close_if_unused(worker)
 
+    def announce(self) -> None:
+        """Tell the listeners that something changed."""
+        for listener in self._listeners:
+            listener()
+
     async def _follow(self) -> None:
         async for view in self._membership.watch():
             self._apply(view)
@@ -220,7 +226,7 @@ class WorkerPool:
             if worker.task is not None:
                 worker.task.cancel()
             self._close_if_unused(worker)
-        self._announce()
+        self.announce()
 
     async def _watch(self, worker: _Worker) -> None:
         """Keep the worker's snapshot current for as long as it is listed."""
@@ -240,7 +246,7 @@ class WorkerPool:
                 call.cancel()
             if worker.snapshot is not None:
                 worker.snapshot = None
-                self._announce()
+                self.announce()
             await asyncio.sleep(delay)
             delay = min(2 * delay, MAX_RECONNECT_DELAY_S)
 
@@ -250,11 +256,7 @@ class WorkerPool:
         worker.snapshot = snapshot
         worker.num_snapshots += 1
         worker.settle()
-        self._announce()
-
-    def _announce(self) -> None:
-        for listener in self._listeners:
-            listener()
+        self.announce()
 
     def _close_if_unused(self, worker: _Worker) -> None:
         if not worker.listed and not worker.num_leases:
