@@ -110,6 +110,8 @@ class AttentionWeights:
         Raises:
             KernelArgumentError: naming the weight and both shapes.
         """
+        if (self.q_norm is None) != (self.k_norm is None):
+            raise KernelArgumentError("q_norm and k_norm come together or not at all")
         hidden = self.norm.shape[0]
         rows = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
         expected = {

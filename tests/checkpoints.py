@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
 import transformers
-from transformers import PreTrainedConfig, PreTrainedModel
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 SMALL: dict[str, object] = {
@@ -35,16 +35,16 @@ SMALL: dict[str, object] = {
 _CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 
 
-def build_model(family: str, seed: int = 0, **overrides: object) -> PreTrainedModel:
+def build_model(family: str, seed: int = 0, **overrides: Any) -> Any:
     """A random float32 model of transformers, small unless overridden, with eager attention."""
     defaults = dict(SMALL)
     if family == "mistral":
         defaults["sliding_window"] = None
-    config_class: type[PreTrainedConfig] = getattr(transformers, f"{_CLASSES[family]}Config")
+    config_class = getattr(transformers, f"{_CLASSES[family]}Config")
     model_class = getattr(transformers, f"{_CLASSES[family]}ForCausalLM")
     config = config_class(**{**defaults, **overrides})
     config._attn_implementation = "eager"
-    model: PreTrainedModel = model_class(config).eval()
+    model = model_class(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -62,7 +62,7 @@ def build_model(family: str, seed: int = 0, **overrides: object) -> PreTrainedMo
 
 def write_checkpoint(
     path: Path,
-    model: PreTrainedModel,
+    model: Any,
     *,
     dtype: torch.dtype = torch.float32,
     max_shard_size: str = "5GB",
@@ -98,14 +98,14 @@ def edit_config(path: Path, **changes: object) -> None:
     config_path.write_text(json.dumps(config))
 
 
-def reference_logits(model: PreTrainedModel, token_ids: list[int]) -> torch.Tensor:
+def reference_logits(model: Any, token_ids: list[int]) -> torch.Tensor:
     """float32[len(token_ids), vocab_size], of one forward pass over all of them."""
     with torch.inference_mode():
         logits: torch.Tensor = model(torch.tensor([token_ids]), use_cache=False).logits[0]
     return logits.float()
 
 
-def reference_greedy(model: PreTrainedModel, prompt: list[int], num_tokens: int) -> list[int]:
+def reference_greedy(model: Any, prompt: list[int], num_tokens: int) -> list[int]:
     """What transformers generates, greedily, end of sequence ignored."""
     with torch.inference_mode():
         out = model.generate(
@@ -116,4 +116,5 @@ def reference_greedy(model: PreTrainedModel, prompt: list[int], num_tokens: int)
             eos_token_id=None,
             pad_token_id=0,
         )
-    return out[0, len(prompt) :].tolist()
+    generated: list[int] = out[0, len(prompt) :].tolist()
+    return generated

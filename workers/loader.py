@@ -7,7 +7,9 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+# HTTPError is the HTTP client's, whichever this release of the hub's library uses; HfHubHTTPError derives from it.
+from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]
 
 from ..collectives.communicator import GroupCommunicators
 from ..runtime.config import ModelInfo
@@ -46,7 +48,7 @@ def resolve_model(name_or_path: str) -> Path:
         raise NotFoundError(f"{name_or_path!r} is not a directory, nor the id of a repository", model=name_or_path)
     try:
         return Path(snapshot_download(name_or_path, allow_patterns=HUB_ALLOW, ignore_patterns=HUB_IGNORE))
-    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+    except (HTTPError, HFValidationError, OSError) as error:
         raise NotFoundError(
             f"{name_or_path!r} is not a directory, and could not be fetched from the Hugging Face hub: {error}",
             model=name_or_path,

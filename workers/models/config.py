@@ -246,32 +246,55 @@ def _parse_dtype(fields: ConfigFields) -> str | None:
 
 def parse_rope(fields: ConfigFields, max_position: int) -> RopeConfig:
     """Read the rotary embedding in either dialect, with transformers' defaults."""
-    rope = fields.nested("rope_parameters") or fields.nested("rope_scaling") or ConfigFields(fields.path, {})
-    theta = fields.number("rope_theta", default=DEFAULT_ROPE_THETA)
-    theta = rope.number("rope_theta", default=theta)
-    kind = rope.text("rope_type", default=rope.text("type", default="default"))
-    if kind not in ROPE_KINDS:
-        raise rope.error("rope_type" if "rope_type" in rope else "type", f"one of {', '.join(ROPE_KINDS)}")
-    if any(rope.number("partial_rotary_factor", 1.0) != 1.0 for rope in (fields, rope)):
-        raise fields.error("partial_rotary_factor", "1: the whole head is rotated")
-    original = max_position
-    if kind in ("yarn", "llama3"):
-        original = rope.integer("original_max_position_embeddings", default=max_position)
-        original = fields.integer("original_max_position_embeddings", default=original)
+    rope = _rope_fields(fields)
+    theta = rope.number("rope_theta", default=fields.number("rope_theta", default=DEFAULT_ROPE_THETA))
+    if fields.number("rope_theta", default=theta) != theta:
+        raise fields.error("rope_theta", f"the same as rope_parameters.rope_theta={theta}")
+    for place in (fields, rope):
+        if place.number("partial_rotary_factor", default=1.0) != 1.0:
+            raise place.error("partial_rotary_factor", "1: the whole head is rotated")
+    kind = _rope_kind(rope)
     if kind == "default":
-        return RopeConfig(kind, theta, 1.0, original)
+        return RopeConfig(kind, theta, 1.0, max_position)
+    if kind in ("linear", "dynamic"):
+        return RopeConfig(kind, theta, rope.number("factor"), max_position)
+    original = rope.integer("original_max_position_embeddings", default=max_position)
+    original = fields.integer("original_max_position_embeddings", default=original)
     if kind == "yarn":
         return _parse_yarn(rope, theta, original, max_position)
-    factor = rope.number("factor")
-    if kind == "llama3":
-        low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
-        if high <= low:
-            raise rope.error("high_freq_factor", f"more than low_freq_factor={low}")
-        return RopeConfig(kind, theta, factor, original, low_freq_factor=low, high_freq_factor=high)
-    return RopeConfig(kind, theta, factor, original)
+    low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
+    if high <= low:
+        raise rope.error("high_freq_factor", f"more than low_freq_factor={low}")
+    return RopeConfig(kind, theta, rope.number("factor"), original, low_freq_factor=low, high_freq_factor=high)
+
+
+def _rope_fields(fields: ConfigFields) -> ConfigFields:
+    """The object that describes the scaling: ``rope_parameters``, or ``rope_scaling`` of the older dialect."""
+    newer, older = fields.nested("rope_parameters"), fields.nested("rope_scaling")
+    if newer is not None and older is not None:
+        for name in older.names():
+            if name not in ("type", "rope_type") and older.value(name) != newer.value(name):
+                raise older.error(name, f"the same as in rope_parameters, {newer.value(name)!r}")
+        if _rope_kind(older) != _rope_kind(newer):
+            raise fields.error("rope_scaling", f"of the same type as rope_parameters, {_rope_kind(newer)}")
+    rope = newer or older or ConfigFields(fields.path, {})
+    for name in rope.names():
+        if isinstance(rope.value(name), dict):
+            raise rope.error(name, "a plain value: parameters by layer type are not supported")
+    return rope
+
+
+def _rope_kind(rope: ConfigFields) -> str:
+    name = "rope_type" if "rope_type" in rope else "type"
+    kind = rope.text(name, default="default")
+    if kind not in ROPE_KINDS:
+        raise rope.error(name, f"one of {', '.join(ROPE_KINDS)}")
+    return kind
 
 
 def _parse_yarn(rope: ConfigFields, theta: float, original: int, max_position: int) -> RopeConfig:
+    if theta <= 1:
+        raise rope.error("rope_theta", "more than 1")
     factor = rope.number("factor", default=max_position / original)
     if "attention_factor" in rope:
         scaling = rope.number("attention_factor")

@@ -62,6 +62,10 @@ class ConfigFields:
         """The fields that are there, null or not."""
         return list(self._values)
 
+    def value(self, field: str) -> object:
+        """The field as it is, None when absent."""
+        return self._values.get(field)
+
     def states(self, field: str) -> bool:
         """Whether the field is there, be it null."""
         return field in self._values

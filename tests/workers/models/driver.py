@@ -77,7 +77,7 @@ class Driver:
         for empty in last_stage[1:]:
             assert empty.shape == (0, last_stage[0].shape[1])
         assert last_stage[0].dtype == torch.float32
-        return list(last_stage[0].split([num_tokens for _, num_tokens in work]))
+        return list(torch.split(last_stage[0], [num_tokens for _, num_tokens in work]))
 
     def greedy(self, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
         """Prefill each prompt alone, then decode all together."""

@@ -1,0 +1,244 @@
+"""Loading: what each rank reads from disk, how a model is found and described."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from fuseline.collectives.communicator import GroupCommunicators, SoloCommunicator
+from fuseline.runtime.errors import InvalidArgumentError, ModelFormatError, NotFoundError
+from fuseline.runtime.sharding import ParallelConfig
+from fuseline.tests.checkpoints import build_model, edit_config, reference_logits, write_checkpoint
+from fuseline.tests.workers.models.driver import Driver, Sequence, run_group
+from fuseline.workers import checkpoint as checkpoint_module
+from fuseline.workers import loader
+from fuseline.workers.loader import load_model, model_info, resolve_model
+from fuseline.workers.models.decoder import DecoderModel
+from fuseline.workers.models.registry import load_model_config
+
+CPU = torch.device("cpu")
+ALONE = ParallelConfig()
+SOLO = GroupCommunicators(SoloCommunicator(), SoloCommunicator())
+
+
+def load(path: Path, parallel: ParallelConfig = ALONE, rank: int = 0, dtype: str = "float32") -> DecoderModel:
+    return load_model(path, load_model_config(path), dtype, CPU, parallel, rank, SOLO)
+
+
+def held_elements(model: DecoderModel) -> int:
+    """Elements of all distinct weights that a model holds."""
+    weights = model.weights
+    tensors = [weights.embedding, weights.norm, weights.head]
+    for layer in weights.layers:
+        for block in (layer.attention, layer.mlp):
+            tensors += [getattr(block, name) for name in block.__slots__]
+    return sum({id(tensor): tensor.numel() for tensor in tensors if tensor is not None}.values())
+
+
+@pytest.fixture
+def read_from_disk(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Counts the elements that are asked of each tensor; asking for a whole file or tensor is an error."""
+    counts: Counter[str] = Counter()
+
+    class Slice:
+        def __init__(self, name: str, inner: object) -> None:
+            self.name, self.inner = name, inner
+
+        def __getitem__(self, key: object) -> torch.Tensor:
+            result: torch.Tensor = self.inner[key]  # type: ignore[index]
+            counts[self.name] += result.numel()
+            return result
+
+    class File:
+        def __init__(self, path: Path, framework: str) -> None:
+            self.inner = safe_open(path, framework)
+
+        def __enter__(self) -> File:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            self.inner.__exit__(*error)
+
+        def get_slice(self, name: str) -> Slice:
+            return Slice(name, self.inner.get_slice(name))
+
+    monkeypatch.setattr(checkpoint_module, "safe_open", File)
+    return counts
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("shards", ["5GB", "40KB"])
+def test_each_rank_reads_its_own_slices_only(
+    tied: bool, shards: str, tmp_path: Path, read_from_disk: Counter[str]
+) -> None:
+    model = build_model("llama", num_hidden_layers=4, tie_word_embeddings=tied, mlp_bias=True, attention_bias=True)
+    write_checkpoint(tmp_path, model, max_shard_size=shards)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1 or shards == "5GB"
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    parallel = ParallelConfig(2, 2)
+    total: Counter[str] = Counter()
+    for rank in range(parallel.world_size):
+        read_from_disk.clear()
+        loaded = load(tmp_path, parallel, rank)
+        assert read_from_disk.total() == held_elements(loaded) < 0.35 * sum(sizes.values())
+        layers = {int(name.split(".")[2]) for name in read_from_disk if ".layers." in name}
+        assert layers == ({0, 1} if rank < 2 else {2, 3})
+        total += read_from_disk
+    # Norms are on both tensor ranks, a tied embedding on both stages; everything else is read once, all of it.
+    for name, size in sizes.items():
+        copies = 2 if "norm" in name or (tied and "embed" in name) else 1
+        assert total[name] == copies * size, name
+
+
+def test_kv_heads_are_replicated_when_there_are_fewer_than_ranks(
+    tmp_path: Path, read_from_disk: Counter[str]
+) -> None:
+    write_checkpoint(tmp_path, build_model("llama"))
+    load(tmp_path, ParallelConfig(4), 3)
+    assert read_from_disk["model.layers.0.self_attn.q_proj.weight"] == 16 * 64
+    assert read_from_disk["model.layers.0.self_attn.k_proj.weight"] == 16 * 64
+    assert read_from_disk["model.embed_tokens.weight"] == 25 * 64  # 101 rows: 26, 25, 25, 25
+
+
+def test_a_tied_head_is_the_embedding(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, build_model("qwen2", tie_word_embeddings=True))
+    weights = load(tmp_path).weights
+    assert weights.head is weights.embedding
+
+
+def test_progress_ends_at_the_total_and_pieces_are_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint_module, "READ_BYTES", 1000)
+    model = build_model("qwen3")
+    write_checkpoint(tmp_path, model, dtype=torch.bfloat16)
+    seen: list[tuple[int, int]] = []
+    config = load_model_config(tmp_path)
+    loaded = load_model(
+        tmp_path, config, "float32", CPU, ParallelConfig(), 0, SOLO, lambda *progress: seen.append(progress)
+    )
+    total = 2 * sum(parameter.numel() for parameter in model.parameters())
+    assert seen[-1] == (total, total)
+    steps = [after[0] - before[0] for before, after in zip([(0, 0), *seen], seen, strict=False)]
+    assert min(steps) > 0
+    assert max(steps) <= 1000
+    assert held_elements(loaded) * 2 == total
+
+
+@pytest.mark.parametrize("run", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
+def test_weights_are_converted_to_the_dtype_they_run_in(stored: str, run: str, tmp_path: Path) -> None:
+    model = build_model("llama")
+    write_checkpoint(tmp_path, model, dtype=getattr(torch, stored))
+    loaded = load(tmp_path, dtype=run)
+    assert loaded.new_kv_cache(1, 4).dtype == getattr(torch, run)
+    state = model.state_dict()
+    assert loaded.weights.head is not None
+    assert torch.equal(loaded.weights.head, state["lm_head.weight"].to(getattr(torch, run)))
+    down = loaded.weights.layers[2].mlp.down
+    assert torch.equal(down, state["model.layers.2.mlp.down_proj.weight"].to(getattr(torch, run)))
+
+
+def test_values_that_float16_cannot_hold_are_refused(tmp_path: Path) -> None:
+    model = build_model("llama")
+    model.state_dict()["model.layers.1.mlp.up_proj.weight"][3, 5] = 1e6
+    write_checkpoint(tmp_path, model, dtype=torch.bfloat16)
+    with pytest.raises(ModelFormatError, match=r"model.layers.1.mlp.up_proj.weight has values"):
+        load(tmp_path, dtype="float16")
+
+
+def test_rotary_frequencies_of_old_checkpoints_are_ignored(tmp_path: Path) -> None:
+    model = build_model("llama")
+    write_checkpoint(tmp_path, model)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8)}, file, {"format": "pt"})
+    with run_group(tmp_path) as driver:
+        (logits,) = whole(driver, [5, 6, 7])
+    assert (logits - reference_logits(model, [5, 6, 7])).abs().max() < 1e-4
+
+
+def whole(driver: Driver, token_ids: list[int]) -> list[torch.Tensor]:
+    return driver.step([(Sequence(token_ids, len(token_ids)), len(token_ids))])
+
+
+# How a model is described.
+
+
+def test_model_info(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, build_model("qwen3", eos_token_id=[2, 5]), dtype=torch.bfloat16)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 2]}))
+    info = model_info(tmp_path)
+    assert (info.name, info.dtype, info.max_model_len) == (tmp_path.name, "bfloat16", 256)
+    assert info.eos_token_ids == (2, 5, 7)
+    assert (info.shape.num_layers, info.shape.num_kv_heads, info.shape.vocab_size) == (3, 2, 101)
+    other = model_info(tmp_path, "float16", 100, "served-as")
+    assert (other.name, other.dtype, other.max_model_len) == ("served-as", "float16", 100)
+    for arguments, field in ((("int8",), "dtype"), (("auto", 257), "max_model_len"), (("auto", 0), "max_model_len")):
+        with pytest.raises(InvalidArgumentError) as raised:
+            model_info(tmp_path, *arguments)
+        assert raised.value.details["field"] == field
+
+
+def test_the_dtype_is_that_of_the_weights_when_the_configuration_does_not_say(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, build_model("llama"), dtype=torch.float16)
+    edit_config(tmp_path, dtype=...)
+    assert model_info(tmp_path).dtype == "float16"
+
+
+# How a model is found.
+
+
+def test_names_of_models(demo_path: Path, tmp_path: Path) -> None:
+    assert resolve_model("demo").samefile(demo_path)
+    assert resolve_model(str(tmp_path)) == tmp_path
+    for name in ("nothing-here", "./nothing/here", str(tmp_path / "absent"), "a/b/c"):
+        with pytest.raises(NotFoundError, match="is not a directory"):
+            resolve_model(name)
+
+
+def test_a_repository_is_fetched_without_its_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from huggingface_hub.utils import filter_repo_objects
+
+    files = ["config.json", "model-1.safetensors", "tokenizer.model", "modeling_evil.py", "pytorch_model.bin"]
+    files += ["original/params.json", "consolidated.safetensors", "tokenizer.json", "model.safetensors.index.json"]
+    fetched: list[str] = []
+
+    def snapshot(repo: str, *, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        assert repo == "some/model"
+        fetched.extend(filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(loader, "snapshot_download", snapshot)
+    assert resolve_model("some/model") == tmp_path
+    assert fetched == [
+        "config.json",
+        "model-1.safetensors",
+        "tokenizer.model",
+        "tokenizer.json",
+        "model.safetensors.index.json",
+    ]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        LocalEntryNotFoundError("no network and not in the cache"),
+        HFValidationError("not a name"),
+        HTTPError("the connection broke"),
+        OSError("disk full"),
+    ],
+)
+def test_a_repository_that_cannot_be_fetched(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def snapshot(*arguments: object, **options: object) -> str:
+        raise error
+
+    monkeypatch.setattr(loader, "snapshot_download", snapshot)
+    with pytest.raises(NotFoundError, match=r"some/model.*could not be fetched") as raised:
+        resolve_model("some/model")
+    assert raised.value.__cause__ is error
