@@ -190,11 +190,10 @@ class Controller:
         await self._roster.changes.wait(version, timeout_s)
         return self._roster.view()
 
-    async def status(self, version: int = -1, timeout_s: float = 0.0) -> tuple[int, ControllerStatus]:
-        """Version and status; with a version already seen, as soon as there is another or the time is up."""
+    async def status(self, version: int = -1, timeout_s: float = 0.0) -> ControllerStatus:
+        """The status, as soon as its version is not ``version`` or the time is up."""
         await self._roster.changes.wait(version, timeout_s)
-        status = self._roster.status(self._config, self._target, self._limits, self._clock(), self._started_at)
-        return self._roster.changes.version, status
+        return self._roster.status(self._config, self._target, self._limits, self._clock(), self._started_at)
 
     def _note_change(self) -> None:
         self._roster.changes.note()

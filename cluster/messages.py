@@ -78,10 +78,12 @@ class ControllerStatus:
     """What should be and what is.
 
     Attributes:
+        version: differs from that of every other state of the replicas.
         reached: whether the target is reached: every replica wanted is READY in its role, none is surplus.
         failed: the reason, when a pool lacks replicas that have failed too often in a row.
     """
 
+    version: int
     config: ClusterConfig
     target: Target
     replicas: tuple[ReplicaRow, ...]

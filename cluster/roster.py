@@ -92,6 +92,7 @@ class Roster:
         rows += [self._waiting_row(slot, target, limits, now) for slot in self.waiting]
         failed = [slot for slot in self.waiting if self.histories[slot].is_failed(limits)]
         return ControllerStatus(
+            version=self.changes.version,
             config=config,
             target=target,
             replicas=tuple(rows),
@@ -110,8 +111,10 @@ class Roster:
         replica = member.replica
         history = self.histories.get(replica.slot)
         message = replica.reason
-        if replica.state is ReplicaState.STARTING and history is not None:
-            message = f"replaces one that failed: {history.reason}"
+        if replica.state is ReplicaState.STARTING:
+            message = "" if member.node else "waits for its process"
+            if history is not None:
+                message = f"replaces one that failed: {history.reason}"
         return ReplicaRow(
             worker_id=replica.worker_id,
             role=replica.role,

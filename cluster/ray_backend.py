@@ -1,0 +1,276 @@
+"""The driver's side of Ray: starts or joins it, starts the controller there, talks to it, and clears everything away.
+
+Ray itself is imported when a backend starts and not before: what a private Ray goes by it reads from the environment
+at import.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Awaitable
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ..runtime.errors import (
+    DeadlineExceededError,
+    FuselineError,
+    InvalidArgumentError,
+    ResourceExhaustedError,
+    UnavailableError,
+)
+from .cluster_config import ClusterConfig
+from .membership import MembershipView
+from .messages import ControllerStatus, Count, Done, pack, unpack
+from .placement import Resources, check_room
+from .processes import descendants, end_all
+from .reconcile import Target
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+# A private Ray, one that lives and dies with this process. None of these is set when an existing cluster is joined.
+PRIVATE_RAY_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Despite its name this decides, on Linux too, whether Ray's servers listen on more than loopback.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    # Ray would start as many idle Python processes as there are cores, none of which our runtime_env could use.
+    "RAY_enable_worker_prestart": "0",
+    "RAY_prestart_worker_first_driver": "0",
+    "RAY_AUTH_MODE": "token",
+}
+AUTH_TOKEN = "RAY_AUTH_TOKEN"  # noqa: S105  drawn once per process, since Ray reads it once
+OBJECT_STORE_BYTES = 80 * 2**20  # Ray's minimum is 75 MiB; nothing but small messages goes through Ray
+CONTROLLER_RESTARTS = 100
+CALL_TIMEOUT_S = 30.0  # for the controller to answer, a restart of it included
+RETRY_S = 0.2
+LONG_POLL_S = 30.0
+CLOSE_TIMEOUT_S = 30.0
+PROCESSES_END_S = 5.0
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class RayBackend:
+    """A Ray cluster, private or joined, with a controller on it.
+
+    Start and close it in the main thread: a private Ray's processes end with the thread that started them, and Ray
+    takes the handler of SIGTERM, which raises SystemExit until someone else sets another. A process that dies without
+    closing takes a private Ray along; in a joined one the workers end within ORPHAN_CHECKS * ORPHAN_CHECK_S.
+
+    Attributes:
+        config: with the device resolved.
+        log_dir: where a private Ray keeps the logs of its processes until it is closed; None in a joined cluster.
+    """
+
+    def __init__(self, config: ClusterConfig, controller: RayController, log_dir: Path | None) -> None:
+        self.config = config
+        self.controller = controller
+        self.membership = RayMembership(controller)
+        self.log_dir = log_dir
+
+    @classmethod
+    def start(cls, config: ClusterConfig) -> RayBackend:
+        """Start or join Ray and start the controller, which starts the replicas. Blocks for some seconds.
+
+        Raises:
+            ResourceExhaustedError: the cluster is too small for the configuration; nothing is left behind.
+            UnavailableError: Ray cannot be started or reached.
+            InvalidArgumentError: the cluster has several nodes, and the configuration keeps workers on loopback.
+        """
+        namespace = f"fuseline-{secrets.token_hex(4)}"
+        directory = None if config.ray_address else Path(tempfile.mkdtemp(prefix="fuseline-ray-"))
+        try:
+            ray = _private_ray(directory, namespace) if directory else _joined_ray(config.ray_address, namespace)
+            from .controller_actor import MAX_CONCURRENCY, ControllerActor, cluster_nodes
+            from .worker_actor import CONTROLLER_NAME
+
+            config = _resolve(config, cluster_nodes())
+            options: dict[str, Any] = {
+                "name": CONTROLLER_NAME,
+                "num_cpus": 0,
+                "max_restarts": CONTROLLER_RESTARTS,
+                "max_concurrency": MAX_CONCURRENCY,
+            }
+            actor = ray.remote(ControllerActor).options(**options).remote(pack(config))
+        except BaseException:
+            _shut_down(directory)
+            raise
+        return cls(config, RayController(actor), directory)
+
+    def close(self) -> None:
+        """Stop all replicas and the controller, leave Ray, and end a private Ray; bounded, idempotent."""
+        self.membership.close()
+        self.controller.close(CLOSE_TIMEOUT_S)
+        _shut_down(self.log_dir)
+
+    def __enter__(self) -> RayBackend:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class RayController:
+    """A ``Controller`` in another process. Calls wait while Ray restarts it, within their own bounds.
+
+    Raises, beside what the controller itself raises:
+        UnavailableError: it cannot be reached.
+    """
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+        self._closed = False
+
+    async def status(self, version: int = -1, timeout_s: float = 0.0) -> ControllerStatus:
+        """See ``Controller.status``."""
+        return await self._call(ControllerStatus, lambda: self._actor.status.remote(version, timeout_s), timeout_s)
+
+    async def watch(self, version: int, timeout_s: float) -> MembershipView:
+        """See ``Controller.watch``."""
+        return await self._call(MembershipView, lambda: self._actor.watch.remote(version, timeout_s), timeout_s)
+
+    async def set_target(self, target: Target) -> None:
+        """See ``Controller.set_target``."""
+        await self._call(Done, lambda: self._actor.set_target.remote(pack(target)))
+
+    async def drain(self, worker_id: str, timeout_s: float) -> int:
+        """See ``Controller.drain``."""
+        answer = await self._call(Count, lambda: self._actor.drain.remote(worker_id, timeout_s), timeout_s)
+        return answer.value
+
+    def close(self, timeout_s: float) -> None:
+        """Let it stop all replicas, then end it. Blocks at most so long; what then is left Ray ends."""
+        import ray
+        from ray.exceptions import GetTimeoutError, RayError
+
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            unpack(ray.get(self._actor.close.remote(), timeout=timeout_s), Done)
+        except (RayError, GetTimeoutError, FuselineError) as error:
+            logger.warning("the replicas could not be stopped in order: %s", error)
+        ray.kill(self._actor)
+
+    async def _call(self, kind: type[T], call: Callable[[], Awaitable[bytes]], extra_s: float = 0.0) -> T:
+        """Call until it answers; a call that died with the controller is made again, which all of them bear."""
+        from ray.exceptions import RayActorError, RayError
+
+        reason: RayError | None = None
+        try:
+            async with asyncio.timeout(CALL_TIMEOUT_S + extra_s):
+                while not self._closed:
+                    try:
+                        return unpack(await call(), kind)
+                    except RayActorError as error:
+                        reason = error
+                        await asyncio.sleep(RETRY_S)
+        except TimeoutError as error:
+            raise UnavailableError(f"the controller does not answer: {reason or 'too slow'}") from error
+        except RayError as error:
+            raise UnavailableError(f"the controller cannot be reached: {error}") from error
+        raise UnavailableError("the cluster is closed")
+
+
+class RayMembership:
+    """A ``Membership`` told by the controller."""
+
+    def __init__(self, controller: RayController) -> None:
+        self._controller = controller
+        self._closed = False
+
+    def close(self) -> None:
+        """End every watch, within LONG_POLL_S or when its task is cancelled."""
+        self._closed = True
+
+    async def watch(self) -> AsyncIterator[MembershipView]:
+        """See ``Membership.watch``."""
+        version = -1
+        while not self._closed:
+            try:
+                view = await self._controller.watch(version, LONG_POLL_S)
+            except (UnavailableError, DeadlineExceededError) as error:
+                logger.warning("the last known replicas stand: %s", error.message)
+                await asyncio.sleep(RETRY_S)
+                continue
+            if view.version != version:
+                version = view.version
+                yield view
+
+
+def _private_ray(directory: Path, namespace: str) -> Any:
+    """Start a Ray of our own on this machine; returns the module."""
+    os.environ.update(PRIVATE_RAY_ENVIRONMENT)
+    os.environ.setdefault(AUTH_TOKEN, secrets.token_hex(32))
+    return _init(
+        address="local",
+        namespace=namespace,
+        include_dashboard=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+        runtime_env=_runtime_env(),
+        _temp_dir=str(directory),
+    )
+
+
+def _joined_ray(address: str, namespace: str) -> Any:
+    """Connect to a Ray cluster that others run; returns the module."""
+    return _init(address=address, namespace=namespace, runtime_env=_runtime_env())
+
+
+def _runtime_env() -> dict[str, str]:
+    """Ray would put this process's directory on the path of its workers, where a bare ``runtime`` or ``proto`` might
+    lie beside fuseline's; an empty directory keeps it off."""
+    empty = Path(tempfile.gettempdir()) / "fuseline-empty"
+    empty.mkdir(exist_ok=True)
+    return {"working_dir": str(empty)}
+
+
+def _init(**options: Any) -> Any:
+    import ray
+
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        raise UnavailableError(f"Ray cannot be started or reached: {error}") from error
+    return ray
+
+
+def _shut_down(directory: Path | None) -> None:
+    """Leave Ray; with a directory it is a private one: wait until its processes are gone, then remove its files."""
+    import ray
+
+    processes = descendants(os.getpid()) if directory else set()
+    ray.shutdown()
+    if directory:
+        end_all(processes, PROCESSES_END_S)
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _resolve(config: ClusterConfig, nodes: list[Resources]) -> ClusterConfig:
+    """Decide on the device, and refuse what this cluster cannot do."""
+    if len(nodes) > 1 and not config.bind_node_address:
+        raise InvalidArgumentError(
+            f"the Ray cluster has {len(nodes)} nodes, but workers listen on loopback only;"
+            " bind_node_address lets them listen on their nodes' addresses",
+            field="bind_node_address",
+            value=config.bind_node_address,
+        )
+    target = Target(config.prefill.num_replicas, config.decode.num_replicas)
+    if config.device == "auto":
+        try:
+            check_room(config.on("cuda"), target, nodes)
+        except ResourceExhaustedError:
+            config = config.on("cpu")
+        else:
+            return config.on("cuda")
+    check_room(config, target, nodes)
+    return config
