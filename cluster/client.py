@@ -311,11 +311,12 @@ def _typed(error: grpc.RpcError, address: str) -> FuselineError:
     typed = error_from_rpc(error)
     if isinstance(typed, UnavailableError) and not typed.details:
         # Not the gateway's words but gRPC's: nobody answers there, or the connection broke.
-        return UnavailableError(f"no answer from {address}: {_first_clause(typed.message)}", address=address)
+        return UnavailableError(f"no answer from {address}: {_reason(typed.message)}", address=address)
     if isinstance(typed, DeadlineExceededError) and not typed.details:
         return DeadlineExceededError("the timeout passed")
     return typed
 
 
-def _first_clause(message: str) -> str:
-    return message.split("; ")[-1].splitlines()[0] if message else "connection lost"
+def _reason(message: str) -> str:
+    """The end of gRPC's chain of causes: "Connection refused", "Socket closed"."""
+    return message.rpartition(": ")[2] or "the connection broke"

@@ -97,6 +97,11 @@ class Gateway:
         self._health_task: asyncio.Task[None] | None = None
         self._server: grpc.aio.Server | None = None
 
+    @property
+    def num_sequences(self) -> int:
+        """Sequences under way or waiting."""
+        return self._admission.num_sequences
+
     async def start(self) -> int:
         """Listen, follow the workers, and return the port.
 

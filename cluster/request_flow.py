@@ -215,7 +215,7 @@ class SequenceFlow:
         try:
             if not local:
                 reservation = await self._reserved(decode)
-                assignment.accepted()
+                assignment.reserved()
                 prefill = _Leg(
                     decision.prefill_worker or "",
                     assignment.prefill.Prefill(
@@ -235,6 +235,7 @@ class SequenceFlow:
                 event = await decode.next()
                 if not self._started:
                     assignment.prefilled()
+                    assignment.decoding()
                 self._started = True
                 yield event.output
                 if event.output.finish_reason:

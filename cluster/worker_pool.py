@@ -7,8 +7,9 @@ membership names it.
 A snapshot is always a little old. What this gateway has assigned since is kept here as *pending* and added to the
 snapshot until a later one must include it::
 
-    prefill   assigned ------------------------------> 2 snapshots later    the first may have been on its way
-    decode    assigned --> reserved (says the worker) -> 1 snapshot later   or 2, as above, without a reservation
+    prompt tokens   assigned --------------> 2 snapshots later   the first may have been on its way
+    decode blocks   assigned --> reserved ---> 1 later           or 2, as above, for local prefill
+    decode load     assigned --> decoding ---> 1 later           likewise; a reservation is no load yet
 """
 
 from __future__ import annotations
@@ -95,12 +96,12 @@ class Assignment:
                 pool.let_go(self._decoder)
                 raise
         at_work = self._prefiller or self._decoder
-        self._prefill_share = _Pending(decision.num_prefill_tokens, 0, 0, at_work.num_snapshots + 2)
-        self._decode_share = _Pending(0, decision.num_decode_blocks, 1, None)
-        if self._prefiller is None:
-            self._decode_share.visible_at = self._decoder.num_snapshots + 2
-        at_work.pending.add(self._prefill_share)
-        self._decoder.pending.add(self._decode_share)
+        soon = at_work.num_snapshots + 2
+        self._prompt = _Pending(decision.num_prefill_tokens, 0, 0, soon)
+        self._blocks = _Pending(0, decision.num_decode_blocks, 0, None if self._prefiller else soon)
+        self._seq = _Pending(0, 0, 1, None if self._prefiller else soon)
+        at_work.pending.add(self._prompt)
+        self._decoder.pending.update((self._blocks, self._seq))
 
     @property
     def decode(self) -> Any:
@@ -118,9 +119,9 @@ class Assignment:
             raise UnavailableError("the sequence has no prefill worker")
         return self._prefiller.prefill
 
-    def accepted(self) -> None:
-        """The decode worker has taken the sequence: its next snapshot shows it."""
-        self._decode_share.visible_at = self._decoder.num_snapshots + 1
+    def reserved(self) -> None:
+        """The decode worker has reserved blocks: its next snapshot shows that."""
+        self._blocks.visible_at = self._decoder.num_snapshots + 1
 
     def refused(self) -> None:
         """The decode worker had no room after all: believe that until its next snapshot."""
@@ -128,12 +129,16 @@ class Assignment:
 
     def prefilled(self) -> None:
         """The prompt is computed."""
-        (self._prefiller or self._decoder).pending.discard(self._prefill_share)
+        (self._prefiller or self._decoder).pending.discard(self._prompt)
+
+    def decoding(self) -> None:
+        """The sequence runs on the decode worker: its next snapshot shows it."""
+        self._seq.visible_at = self._decoder.num_snapshots + 1
 
     def release(self) -> None:
         """The sequence has left both workers. Call it once."""
         self.prefilled()
-        self._decoder.pending.discard(self._decode_share)
+        self._decoder.pending -= {self._blocks, self._seq}
         self._pool.let_go(self._decoder)
         if self._prefiller is not None:
             self._pool.let_go(self._prefiller)

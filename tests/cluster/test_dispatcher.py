@@ -58,9 +58,13 @@ async def test_assignments_count_until_the_snapshots_must_include_them() -> None
         p.publish(num_queued_tokens=30)
         await until(lambda: seen(pool, "p").num_queued_tokens == 30)
         assert seen(pool, "d").num_free_blocks == 93
-        assignment.accepted()
-        d.publish(num_free_blocks=92, num_waiting=1)
+        assignment.reserved()
+        d.publish(num_free_blocks=92)
         await until(lambda: seen(pool, "d").num_free_blocks == 92)
+        assert seen(pool, "d").num_seqs == 1
+        assignment.decoding()
+        d.publish(num_running=1, num_free_blocks=91)
+        await until(lambda: seen(pool, "d").num_free_blocks == 91)
         assert seen(pool, "d").num_seqs == 1
         assignment.release()
 
