@@ -15,6 +15,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import TypeVar
 
@@ -46,7 +47,7 @@ class EngineThread:
 
     Attributes:
         failure: why the engine can no longer run; None while it can.
-        changed: set after every step and every batch of commands; who waits for it clears it.
+        watchers: events that are set when something may have changed: after every step and batch of commands.
         step_time_s: moving average.
     """
 
@@ -66,7 +67,7 @@ class EngineThread:
             clock: the one that the engine was built with.
         """
         self.failure: FuselineError | None = None
-        self.changed = asyncio.Event()
+        self.watchers: set[asyncio.Event] = set()
         self.step_time_s = 0.0
         self._engine = engine
         self._clock = clock
@@ -100,6 +101,11 @@ class EngineThread:
         if self._thread.is_alive():
             raise InternalError(f"the engine is still in a step after {timeout_s:g} s", limit=timeout_s)
 
+    def notify_watchers(self) -> None:
+        """Let everyone who watches look again."""
+        for event in self.watchers:
+            event.set()
+
     # -- requests ------------------------------------------------------------------------------------------------
 
     async def open_stream(self, request_id: str) -> RequestStream:
@@ -114,11 +120,9 @@ class EngineThread:
         """
         predecessor = self._streams.get(request_id)
         if predecessor is not None:
-            try:
+            with suppress(TimeoutError):  # then it is refused below
                 async with asyncio.timeout(PREDECESSOR_TIMEOUT_S):
                     await predecessor.closed.wait()
-            except TimeoutError:
-                pass
         if self.failure is not None:
             raise UnavailableError(f"the engine has failed: {self.failure.message}")
         if request_id in self._streams:
@@ -209,7 +213,7 @@ class EngineThread:
             if self._is_step_due() and not is_stopping:
                 self._step()
             else:
-                self._post(self.changed.set)
+                self._post(self.notify_watchers)
         self._end_all(UnavailableError("the engine has stopped"))
 
     def _wait(self) -> tuple[list[Callable[[], None]], bool]:
@@ -274,7 +278,7 @@ class EngineThread:
             stream = self._streams.get(output.request_id)
             if stream is not None:
                 stream.put(output)
-        self.changed.set()
+        self.notify_watchers()
 
     def _failed(self, error: FuselineError, last_outputs: list[SequenceOutput]) -> None:
         if self.failure is not None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
+from typing import TypeVar
 
 from ..runtime.errors import ErrorCode, FuselineError, InternalError
 from ..runtime.request import FinishReason, SequenceOutput
 from .grpc_errors import make_error
+
+T = TypeVar("T")
 
 
 class RequestStream:
@@ -22,6 +25,7 @@ class RequestStream:
         self.closed = asyncio.Event()
         self._waiting: list[SequenceOutput] = []
         self._ready = asyncio.Event()
+        self._failed = asyncio.Event()
         self._ended = False
 
     def put(self, output: SequenceOutput) -> None:
@@ -31,6 +35,8 @@ class RequestStream:
         self._ended = output.finish_reason is not None
         self._waiting.append(output)
         self._ready.set()
+        if failure_of(output) is not None:
+            self._failed.set()
 
     async def get(self) -> SequenceOutput:
         """Everything since the last call, as one output with at least one token, or the end.
@@ -50,6 +56,23 @@ class RequestStream:
         if last.finish_reason is None:
             self._ready.clear()
         return merge_outputs(waiting)
+
+    async def unless_failed(self, work: Awaitable[T]) -> T:
+        """What ``work`` gives, unless the request fails before; then ``work`` is cancelled. Takes no output.
+
+        Raises:
+            FuselineError: the request's failure, or that of ``work``.
+        """
+        working = asyncio.ensure_future(work)
+        failing = asyncio.ensure_future(self._failed.wait())
+        try:
+            await asyncio.wait({working, failing}, return_when=asyncio.FIRST_COMPLETED)
+            if not working.done():
+                await self.get()
+            return working.result()
+        finally:
+            working.cancel()
+            failing.cancel()
 
 
 def merge_outputs(outputs: Sequence[SequenceOutput]) -> SequenceOutput:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import grpc.aio
@@ -22,11 +22,13 @@ class Leases:
     Attributes:
         is_draining: no new request is admitted.
         num_held: leases given out and not returned; a lease is returned when its cleanup is done.
+        num_provenance_failures: handoffs refused because the KV was not what it claimed to be.
     """
 
     def __init__(self) -> None:
         self.is_draining = False
         self.num_held = 0
+        self.num_provenance_failures = 0
         self._none_left = asyncio.Event()
         self._none_left.set()
         self._cleanups: set[asyncio.Task[None]] = set()
@@ -49,9 +51,12 @@ class Leases:
             if self.num_held == 0:
                 self._none_left.set()
 
-    async def drained(self) -> None:
-        """Wait until no request is under way."""
-        await self._none_left.wait()
+    async def drained(self, timeout_s: float) -> int:
+        """Wait until no request is under way, at most so long; returns how many are left."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._none_left.wait()
+        return self.num_held
 
     async def clean_up(self, cleanup: Coroutine[Any, Any, None]) -> None:
         """Run a cleanup to its end, also when whoever waits for it is cancelled (again).
