@@ -13,18 +13,41 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol, TypeVar
 
+from ..collectives.kv_transfer import TransferSummary
 from ..collectives.step_channel import StepChannel
 from ..runtime.errors import FuselineError, InternalError, UnavailableError
+from ..runtime.handoff import KvReservation, Provenance
 from ..runtime.plan import StepPlan, StepResult
+from .calls import CallBook, nothing, total_summary
 from .launcher import RankProcess
-from .rank import RankWorker
-from .rank_protocol import RankFailure, Shutdown, error_of
+from .rank import Job, RankWorker
+from .rank_protocol import (
+    AllocateCache,
+    Call,
+    CallAnswer,
+    CallDone,
+    CallFailed,
+    CancelHandoff,
+    CloseReservation,
+    FinishHandoff,
+    HandoffDone,
+    LoadModel,
+    OpenReservation,
+    RankFailure,
+    Shutdown,
+    StartHandoff,
+    VerifyReservation,
+    error_of,
+)
 
 logger = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
+Result = TypeVar("Result")
+Outbound = LoadModel | AllocateCache | StepPlan | Shutdown | Call
 _STOP_TIMEOUT_S = 10.0
 
 
@@ -36,13 +59,17 @@ class _Mailbox(Protocol):
 class _Link(Protocol):
     """How the executor reaches a rank."""
 
-    def send(self, message: object) -> None: ...
+    def send(self, message: Outbound) -> None: ...
     def hang_up(self) -> None: ...
     def close(self) -> None: ...
 
 
 class GroupExecutor:
-    """An ``Executor`` over the ranks of one group; used by one thread, except for ``close`` and ``failure``.
+    """An ``Executor`` over the ranks of one group.
+
+    ``submit``, ``collect`` and ``ask`` belong to one thread. The calls about KV transfer may come from any, return at
+    once, and are answered beside the steps; their futures fail with the error of the rank that refused, or of the
+    group. How long to wait for them is the caller's business.
 
     Args:
         first: the rank in this process.
@@ -59,6 +86,7 @@ class GroupExecutor:
         self._results: deque[StepResult] = deque()
         self._failure: FuselineError | None = None
         self._closed = False
+        self._calls = CallBook()
         self._processes = {rank: process for rank, (_, process) in others.items()}
         # Remote ranks first: they should have the plan before this process is busy with it.
         self._links: list[_Link] = [_ChannelLink(rank, channel, self) for rank, (channel, _) in others.items()]
@@ -84,7 +112,7 @@ class GroupExecutor:
             self._wait(lambda: bool(self._results), self._timeout_s)
             return self._results.popleft()
 
-    def ask(self, message: object, answer_type: type[Answer], timeout_s: float) -> list[Answer]:
+    def ask(self, message: LoadModel | AllocateCache, answer_type: type[Answer], timeout_s: float) -> list[Answer]:
         """Send a message to every rank and wait for all answers, in rank order. Not while steps are in flight.
 
         Raises:
@@ -101,16 +129,53 @@ class GroupExecutor:
             raise InternalError(f"expected {answer_type.__name__} from every rank, got {answers}")
         return checked
 
-    def _send(self, message: object) -> None:
+    # --- KV transfer ----------------------------------------------------------------------------------------------
+
+    def open_reservation(self, reservation: KvReservation, block_ids: Sequence[int]) -> Future[None]:
+        """Every rank takes pushed KV of the reservation into these blocks, see ``KvReceiver.open``."""
+        return self._call(lambda call_id: OpenReservation(call_id, reservation, tuple(block_ids)), nothing)
+
+    def verify_reservation(self, reservation_id: str, provenance: Provenance) -> Future[None]:
+        """Done if exactly this KV has arrived in full on every rank, else a ProvenanceError."""
+        return self._call(lambda call_id: VerifyReservation(call_id, reservation_id, provenance), nothing)
+
+    def close_reservation(self, reservation_id: str) -> Future[None]:
+        """When done, no rank writes into the reservation's blocks any more. Idempotent."""
+        return self._call(lambda call_id: CloseReservation(call_id, reservation_id), nothing)
+
+    def start_handoff(self, handoff_id: str, reservation: KvReservation) -> Future[None]:
+        """Every rank pushes the KV of the sequence of this name, to be admitted once this is done."""
+        return self._call(lambda call_id: StartHandoff(call_id, handoff_id, reservation), nothing)
+
+    def finish_handoff(self, handoff_id: str) -> Future[TransferSummary]:
+        """The prompt is computed: done when all KV is acknowledged; ends the handoff. See ``KvSender.finish``."""
+        return self._call(lambda call_id: FinishHandoff(call_id, handoff_id), total_summary)
+
+    def cancel_handoff(self, handoff_id: str) -> Future[None]:
+        """When done, no rank reads the sequence's blocks for the handoff any more. Idempotent."""
+        return self._call(lambda call_id: CancelHandoff(call_id, handoff_id), nothing)
+
+    def _call(self, make: Callable[[int], Call], combine: Callable[[list[CallAnswer]], Result]) -> Future[Result]:
+        call_id, future = self._calls.open(len(self._links), combine)
+        if not future.done():
+            self._send_all(make(call_id))
+        return future
+
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def _send(self, message: Outbound) -> None:
         self._raise_failure()
+        self._send_all(message)
+        self._raise_failure()
+
+    def _send_all(self, message: Outbound) -> None:
         for link in self._links:
             try:
                 link.send(message)
             except UnavailableError as error:
                 self.fail(error)
-        self._raise_failure()
 
-    def _wait(self, done: Any, timeout_s: float) -> None:
+    def _wait(self, done: Callable[[], bool], timeout_s: float) -> None:
         """Wait under the condition until ``done()``; raises the failure as soon as there is one."""
         deadline = time.monotonic() + timeout_s
         while not done():
@@ -135,6 +200,9 @@ class GroupExecutor:
         if isinstance(message, RankFailure):
             self.fail(error_of(message, f"rank {rank}"))
             return
+        if isinstance(message, CallDone | HandoffDone | CallFailed):
+            self._calls.answered(rank, message)
+            return
         with self._condition:
             if isinstance(message, StepResult):
                 self._results.append(message)
@@ -154,6 +222,7 @@ class GroupExecutor:
             self._failure = error
             self._condition.notify_all()
         logger.error("the group has failed: %s", error)
+        self._calls.fail(error)
         for link in self._links:
             link.hang_up()
 
@@ -165,6 +234,7 @@ class GroupExecutor:
             self._closed = True
             orderly = self._failure is None
             self._condition.notify_all()
+        self._calls.fail(UnavailableError("the group is closed"))
         if orderly:
             for link in self._links:
                 with contextlib.suppress(UnavailableError):
@@ -186,7 +256,7 @@ class _ChannelLink:
         self._thread = threading.Thread(target=self._read, name=f"rank-{rank}-reader", daemon=True)
         self._thread.start()
 
-    def send(self, message: object) -> None:
+    def send(self, message: Outbound) -> None:
         self._channel.send(message)
 
     def hang_up(self) -> None:
@@ -206,57 +276,63 @@ class _ChannelLink:
             self._mailbox.deliver(self._rank, message)
 
 
-class _LocalLink:
-    """The first rank beside others: computes on its own thread."""
+class _InlineLink:
+    """The only rank: computes in the caller's thread. Calls, which may have to wait for a copy, have their own."""
 
     def __init__(self, worker: RankWorker, mailbox: _Mailbox) -> None:
         self._worker = worker
         self._mailbox = mailbox
-        self._inbox: queue.SimpleQueue[object] = queue.SimpleQueue()  # bounded by the pipeline's depth
-        self._thread = threading.Thread(target=self._run, name="rank-0", daemon=True)
-        self._thread.start()
+        self._callers = ThreadPoolExecutor(1, thread_name_prefix="rank-0-calls")
 
-    def send(self, message: object) -> None:
-        self._inbox.put(message)
+    def send(self, message: Outbound) -> None:
+        match message:
+            case LoadModel() | AllocateCache() | StepPlan():
+                self._run(self._worker.accept(message))
+            case Shutdown():
+                pass
+            case _:
+                self._call(message)
 
     def hang_up(self) -> None:
         self._worker.close()
 
     def close(self) -> None:
         self._worker.close()
-        self._inbox.put(Shutdown())
-        self._thread.join(_STOP_TIMEOUT_S)
+        self._callers.shutdown()
 
-    def _run(self) -> None:
-        while not isinstance(message := self._inbox.get(), Shutdown):
-            try:
-                reply = self._worker.compute(message)
-            except FuselineError as error:
-                self._mailbox.fail(error)
-                return
-            if reply is not None:
-                self._mailbox.deliver(0, reply)
-
-
-class _InlineLink:
-    """The only rank: computes in the caller's thread."""
-
-    def __init__(self, worker: RankWorker, mailbox: _Mailbox) -> None:
-        self._worker = worker
-        self._mailbox = mailbox
-
-    def send(self, message: object) -> None:
-        if isinstance(message, Shutdown):
-            return
+    def _run(self, job: Job) -> None:
         try:
-            reply = self._worker.compute(message)
+            reply = self._worker.compute(job)
         except FuselineError as error:
             self._mailbox.fail(error)
             return
-        self._mailbox.deliver(0, reply)
+        if reply is not None:
+            self._mailbox.deliver(0, reply)
 
-    def hang_up(self) -> None:
-        self._worker.close()
+    def _call(self, call: Call) -> None:
+        try:
+            self._callers.submit(self._worker.call, call, lambda answer: self._mailbox.deliver(0, answer))
+        except RuntimeError as error:  # it is shut down
+            raise UnavailableError("the group is closed") from error
+
+
+class _LocalLink(_InlineLink):
+    """The first rank beside others: computes on its own thread."""
+
+    def __init__(self, worker: RankWorker, mailbox: _Mailbox) -> None:
+        super().__init__(worker, mailbox)
+        self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()  # bounded by the pipeline's depth
+        self._thread = threading.Thread(target=self._work, name="rank-0", daemon=True)
+        self._thread.start()
 
     def close(self) -> None:
-        self._worker.close()
+        self._inbox.put(None)
+        super().close()
+        self._thread.join(_STOP_TIMEOUT_S)
+
+    def _run(self, job: Job) -> None:
+        self._inbox.put(job)
+
+    def _work(self) -> None:
+        while (job := self._inbox.get()) is not None:
+            super()._run(job)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from ..collectives.communicator import CommunicatorStore
+from ..collectives.kv_transfer import KvReceiver
 from ..collectives.step_channel import StepChannel, StepListener
 from ..runtime.config import CacheConfig, EngineConfig, SchedulerConfig
 from ..runtime.engine import Engine
 from ..runtime.errors import InvalidArgumentError, UnavailableError
-from ..runtime.sharding import ParallelConfig, check_shardable
+from ..runtime.handoff import RankEndpoint
+from ..runtime.sharding import ParallelConfig, check_shardable, kv_range
 from .executor import GroupExecutor
 from .launcher import LocalLauncher, RankLauncher, RankProcess
 from .loader import model_info, resolve_model
@@ -38,6 +40,7 @@ class GroupConfig:
             the free memory, at most 2 GiB, shared by the ranks. Never more than ``max_num_seqs`` sequences can fill.
         num_threads: of each rank on a CPU. None: this machine's cores shared by the ranks; a single rank then leaves
             torch's own setting alone.
+        transfers_kv: whether KV is handed off to, or taken over from, other groups.
         start_timeout_s: for all ranks to have started and loaded.
         step_timeout_s: for one step, and each exchange in it.
     """
@@ -55,6 +58,7 @@ class GroupConfig:
     gpu_memory_utilization: float = 0.9
     enable_prefix_caching: bool = True
     num_threads: int | None = None
+    transfers_kv: bool = False
     start_timeout_s: float = 600.0
     step_timeout_s: float = 300.0
 
@@ -82,6 +86,7 @@ class ModelGroup:
         config: as asked for.
         engine_config: with everything resolved.
         model_path: directory of the model on this machine.
+        kv_receiver: of the first rank, for the worker's ``KvTransfer`` service; None without ``transfers_kv``.
     """
 
     def __init__(
@@ -90,6 +95,8 @@ class ModelGroup:
         engine_config: EngineConfig,
         model_path: Path,
         executor: GroupExecutor,
+        ranks: Sequence[Ready],
+        kv_receiver: KvReceiver | None,
         store: CommunicatorStore | None,
         clock: Callable[[], float],
     ) -> None:
@@ -98,6 +105,8 @@ class ModelGroup:
         self.model_path = model_path
         self.executor = executor
         self.engine = Engine(engine_config, executor, clock)
+        self.kv_receiver = kv_receiver
+        self._ranks = tuple(ranks)
         self._store = store
 
     @classmethod
@@ -136,6 +145,7 @@ class ModelGroup:
             memory_fraction=config.gpu_memory_utilization,
             num_kv_blocks=config.num_kv_blocks,
             kv_cache_memory_bytes=config.kv_cache_memory_bytes,
+            transfers_kv=config.transfers_kv,
         )
         store: CommunicatorStore | None = None
         deadline = time.monotonic() + config.start_timeout_s
@@ -151,13 +161,26 @@ class ModelGroup:
             num_blocks = min(answer.max_num_blocks for answer in loaded)
             cache = CacheConfig(num_blocks, config.block_size, config.enable_prefix_caching)
             engine_config = EngineConfig(info, cache, scheduler, parallel)
-            executor.ask(AllocateCache(num_blocks), Ready, max(0.1, deadline - time.monotonic()))
-            return cls(config, engine_config, path, executor, store, clock)
+            ranks = executor.ask(AllocateCache(num_blocks), Ready, max(0.1, deadline - time.monotonic()))
+            return cls(config, engine_config, path, executor, ranks, first.kv_receiver, store, clock)
         except BaseException:
             executor.close()
             if store is not None:
                 store.close()
             raise
+
+    def kv_endpoints(self, first_address: str) -> tuple[RankEndpoint, ...]:
+        """Where this group's ranks take KV; ``first_address`` is that of the worker's own service."""
+        model, parallel = self.engine_config.model, self.engine_config.parallel
+        return tuple(
+            RankEndpoint(
+                rank=rank,
+                address=ready.kv_address or first_address,
+                host_id=ready.host_id,
+                kv_range=kv_range(model.shape, parallel, rank),
+            )
+            for rank, ready in enumerate(self._ranks)
+        )
 
     def close(self) -> None:
         """End the ranks and free the memory; idempotent. The engine, if it is still used, sees UnavailableError."""

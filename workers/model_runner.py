@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,19 +21,6 @@ from .sampler import Sampler, SamplingRow, token_logprobs
 OnLayer = Callable[[int], None]
 
 
-@dataclass(frozen=True, slots=True)
-class HandoffChunk:
-    """Tokens of a sequence that is handed off, whose KV this step completes: ``[start, end)``.
-
-    ``start`` is 0 in the first step after admission, since cached tokens before it are to be handed off as well.
-    """
-
-    handoff_id: str
-    block_ids: tuple[int, ...]
-    start: int
-    end: int
-
-
 class ModelRunner:
     """Mirrors the engine's rows and runs its plans. Used by one thread.
 
@@ -43,7 +29,6 @@ class ModelRunner:
         kv_cache: of ``model.new_kv_cache``.
         pp: communicator of the ranks with this tp_rank on all stages.
         is_first_of_stage: whether this rank's tp_rank is 0, so that it has the logits on the last stage.
-        on_handoff: told before each step which tokens' KV it completes; returns what to call after each layer.
     """
 
     def __init__(
@@ -54,14 +39,12 @@ class ModelRunner:
         pp: Communicator,
         *,
         is_first_of_stage: bool,
-        on_handoff: Callable[[list[HandoffChunk]], OnLayer] | None = None,
     ) -> None:
         self._model = model
         self._kv_cache = kv_cache
         self._config = config
         self._pp = pp
         self._samples = is_first_of_stage and pp.rank == pp.world_size - 1
-        self._on_handoff = on_handoff
         self._device = kv_cache.device
         self._dtype = kv_cache.dtype
         self._block_size = config.cache.block_size
@@ -73,8 +56,6 @@ class ModelRunner:
         self._num_blocks = np.zeros(num_rows, np.int32)
         self._prompt_lens = np.zeros(num_rows, np.int32)
         self._rows: list[SamplingRow | None] = [None] * num_rows
-        self._handoffs: dict[int, str] = {}
-        self._fresh_handoffs: set[int] = set()
         # A set for each step in flight; on a GPU a set is overwritten only when its copies to the device are done.
         self._buffers = [
             ForwardBuffers(num_rows, config.scheduler.max_num_batched_tokens, config.max_blocks_per_seq, self._device)
@@ -85,8 +66,8 @@ class ModelRunner:
             self._copied = [torch.cuda.Event() for _ in self._buffers]  # type: ignore[no-untyped-call]
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan) -> StepResult | None:
-        """Run one step; collective over the group's ranks.
+    def execute(self, plan: StepPlan, on_layer: OnLayer | None = None) -> StepResult | None:
+        """Run one step; collective over the group's ranks. ``on_layer``: see ``DecoderModel.forward``.
 
         Returns:
             The result on the rank that samples, None on the others.
@@ -98,7 +79,6 @@ class ModelRunner:
         self._update_rows(plan)
         logprob_targets = self._prompt_logprob_targets(plan)
         batch = self._make_batch(plan, logprob_targets)
-        on_layer = self._handoff_hook(plan)
         hidden: Tensor | None = None
         if self._pp.rank > 0:
             shape = (batch.num_tokens, self._config.model.shape.hidden_size)
@@ -114,7 +94,6 @@ class ModelRunner:
         for row in plan.released:
             self._row(row)
             self._rows[row] = None
-            self._handoffs.pop(row, None)
         for seq in plan.admitted:
             if self._rows[seq.row] is not None:
                 raise InternalError(f"row {seq.row} is admitted while it holds a sequence")
@@ -125,9 +104,6 @@ class ModelRunner:
             self._rows[seq.row] = SamplingRow(
                 seq.params, seq.seed, self._tokens[seq.row], len(seq.token_ids), seq.num_prompt_tokens
             )
-            if seq.handoff_id:
-                self._handoffs[seq.row] = seq.handoff_id
-                self._fresh_handoffs.add(seq.row)
         for row, block_id in zip(plan.new_block_rows.tolist(), plan.new_block_ids.tolist(), strict=True):
             self._block_tables[row, self._num_blocks[row]] = block_id
             self._num_blocks[row] += 1
@@ -190,22 +166,6 @@ class ModelRunner:
             last = min(first + int(plan.num_tokens[index]), state.num_prompt_tokens)
             targets[index] = state.tokens[first:last].astype(np.int64)
         return targets
-
-    def _handoff_hook(self, plan: StepPlan) -> OnLayer | None:
-        if not self._handoffs or self._on_handoff is None:
-            return None
-        chunks = []
-        for row, start, length in zip(
-            plan.rows.tolist(), plan.positions.tolist(), plan.num_tokens.tolist(), strict=True
-        ):
-            if row in self._handoffs:
-                if row in self._fresh_handoffs:
-                    self._fresh_handoffs.discard(row)
-                    start, length = 0, start + length
-                num_blocks = -(-(start + length) // self._block_size)
-                block_ids = tuple(self._block_tables[row, :num_blocks].tolist())
-                chunks.append(HandoffChunk(self._handoffs[row], block_ids, start, start + length))
-        return self._on_handoff(chunks) if chunks else None
 
     # --- the result -----------------------------------------------------------------------------------------------
 

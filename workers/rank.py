@@ -14,10 +14,14 @@ import queue
 import signal
 import sys
 import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
 
 import torch
 
 from ..collectives.communicator import GroupCommunicators, make_communicators
+from ..collectives.kv_transfer import KvReceiver, KvSender, TransferSummary, host_id
 from ..collectives.step_channel import StepChannel
 from ..runtime.config import CacheConfig, EngineConfig
 from ..runtime.errors import (
@@ -28,6 +32,9 @@ from ..runtime.errors import (
     UnavailableError,
 )
 from ..runtime.plan import StepPlan, StepResult
+from ..runtime.sharding import kv_range
+from .handoffs import KvPush, RankHandoffs
+from .kv_server import KvServer
 from .loader import load_model, model_info, resolve_model
 from .memory import kv_budget_bytes, max_kv_blocks
 from .model_runner import ModelRunner
@@ -36,13 +43,23 @@ from .models.registry import load_model_config
 from .rank_protocol import (
     BOOTSTRAP_CODEC,
     CODEC,
-    COMPUTE_MESSAGES,
     AllocateCache,
+    Call,
+    CallAnswer,
+    CallDone,
+    CallFailed,
+    CancelHandoff,
+    CloseReservation,
+    FinishHandoff,
+    HandoffDone,
     Loaded,
     LoadModel,
+    OpenReservation,
     RankBootstrap,
     Ready,
     Shutdown,
+    StartHandoff,
+    VerifyReservation,
     failure_of,
 )
 
@@ -50,8 +67,19 @@ logger = logging.getLogger(__name__)
 _MAX_QUEUED = 256  # computing messages; the pipeline's depth bounds them far below
 
 
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A computing message, and the KV that a step pushes after each of its layers."""
+
+    message: LoadModel | AllocateCache | StepPlan
+    pushes: tuple[KvPush, ...] = ()
+
+
 class RankWorker:
-    """A rank's state, driven by messages; ``compute`` is called by one thread.
+    """A rank's state, driven by messages.
+
+    ``accept`` and ``call`` take messages in the order in which they arrive; ``compute`` works off the accepted ones
+    in the same order, on one thread of its own if need be.
 
     Args:
         host: the address of this machine that peers reach.
@@ -59,28 +87,34 @@ class RankWorker:
 
     def __init__(self, rank: int, device: torch.device, host: str) -> None:
         self.rank = rank
+        self.kv_receiver: KvReceiver | None = None
         self._device = device
         self._host = host
         self._config: LoadModel | None = None
         self._communicators: GroupCommunicators | None = None
         self._model: DecoderModel | None = None
         self._runner: ModelRunner | None = None
+        self._sender: KvSender | None = None
+        self._handoffs: RankHandoffs | None = None
+        self._server: KvServer | None = None
 
-    def compute(self, message: object) -> Loaded | Ready | StepResult | None:
+    def accept(self, message: LoadModel | AllocateCache | StepPlan) -> Job:
+        """A computing message has arrived; ``compute`` is to be called with what this returns."""
+        if isinstance(message, StepPlan) and self._handoffs is not None:
+            return Job(message, self._handoffs.observe(message))
+        return Job(message)
+
+    def compute(self, job: Job) -> Loaded | Ready | StepResult | None:
         """Work off one computing message.
 
         Raises:
             FuselineError: it failed, and the group with it.
         """
+        message = job.message
         try:
             if isinstance(message, StepPlan):
-                if self._runner is None:
-                    raise InternalError("a step came before the KV cache was made")
-                return self._runner.execute(message)
-            if isinstance(message, LoadModel):
-                return self._load(message)
-            if isinstance(message, AllocateCache):
-                return self._allocate(message)
+                return self._step(message, job.pushes)
+            return self._load(message) if isinstance(message, LoadModel) else self._allocate(message)
         except (torch.cuda.OutOfMemoryError, MemoryError) as error:
             raise ResourceExhaustedError(f"rank {self.rank} is out of memory: {error}", rank=self.rank) from error
         except FuselineError:
@@ -88,7 +122,53 @@ class RankWorker:
         except Exception as error:  # a bug or a broken device: the group must hear of it, typed
             logger.exception("rank %d failed", self.rank)
             raise InternalError(f"{type(error).__name__}: {error}", rank=self.rank) from error
-        raise InternalError(f"{type(message).__name__} is not for computing")
+
+    def call(self, call: Call, answer: Callable[[CallAnswer], None]) -> None:
+        """Serve a call; ``answer`` is called once, now or, when a transfer has ended, from another thread."""
+        try:
+            if isinstance(call, FinishHandoff):
+                future = self._transfers()[1].finish(call.handoff_id)
+                future.add_done_callback(lambda done: answer(_finished(call.call_id, done)))
+                return
+            self._serve(call)
+        except FuselineError as error:
+            answer(CallFailed(call.call_id, failure_of(error)))
+        else:
+            answer(CallDone(call.call_id))
+
+    def _serve(self, call: Call) -> None:
+        receiver, handoffs = self._transfers()
+        match call:
+            case OpenReservation(_, reservation, block_ids):
+                receiver.open(
+                    reservation.reservation_id, reservation.provenance, block_ids, reservation.num_cached_tokens
+                )
+            case VerifyReservation(_, reservation_id, provenance):
+                receiver.verify(reservation_id, provenance)
+            case CloseReservation(_, reservation_id):
+                receiver.close(reservation_id)
+            case StartHandoff(_, handoff_id, reservation):
+                handoffs.start(handoff_id, reservation)
+            case CancelHandoff(_, handoff_id):
+                handoffs.cancel(handoff_id)
+
+    def _transfers(self) -> tuple[KvReceiver, RankHandoffs]:
+        if self.kv_receiver is None or self._handoffs is None:
+            raise InternalError("this group was not started to transfer KV")
+        return self.kv_receiver, self._handoffs
+
+    def _step(self, plan: StepPlan, pushes: tuple[KvPush, ...]) -> StepResult | None:
+        runner, sender = self._runner, self._sender
+        if runner is None:
+            raise InternalError("a step came before the KV cache was made")
+        if not pushes or sender is None:
+            return runner.execute(plan)
+
+        def on_layer(layer: int) -> None:
+            for push in pushes:
+                sender.push(push.reservation_id, layer, push.start, push.end)
+
+        return runner.execute(plan, on_layer)
 
     def _load(self, config: LoadModel) -> Loaded:
         if config.num_threads is not None:
@@ -126,14 +206,20 @@ class RankWorker:
         engine_config = EngineConfig(
             config.info, CacheConfig(message.num_blocks, config.block_size), config.scheduler, config.parallel
         )
+        kv_cache = model.new_kv_cache(message.num_blocks, config.block_size)
         self._runner = ModelRunner(
-            model,
-            model.new_kv_cache(message.num_blocks, config.block_size),
-            engine_config,
-            communicators.pp,
-            is_first_of_stage=communicators.tp.rank == 0,
+            model, kv_cache, engine_config, communicators.pp, is_first_of_stage=communicators.tp.rank == 0
         )
-        return Ready()
+        return self._prepare_transfers(kv_cache, config) if config.transfers_kv else Ready()
+
+    def _prepare_transfers(self, kv_cache: torch.Tensor, config: LoadModel) -> Ready:
+        shape, parallel = config.info.shape, config.parallel
+        self.kv_receiver = KvReceiver(kv_cache, kv_range(shape, parallel, self.rank))
+        self._sender = KvSender(kv_cache, shape, parallel, self.rank)
+        self._handoffs = RankHandoffs(self._sender)
+        if self.rank > 0:
+            self._server = KvServer(self.kv_receiver, self._host)
+        return Ready(self._server.address if self._server is not None else "", host_id())
 
     def close(self) -> None:
         """Hang up on the other ranks and let go of the memory; from any thread, idempotent.
@@ -142,6 +228,10 @@ class RankWorker:
         """
         if self._communicators is not None:
             self._communicators.close()
+        if self._server is not None:
+            self._server.close()
+        if self._sender is not None:
+            self._sender.close()
         self._model = self._runner = None
 
 
@@ -156,11 +246,11 @@ def run_rank(bootstrap: RankBootstrap) -> None:
     """
     channel = StepChannel.connect(bootstrap.address, bootstrap.token, bootstrap.rank, CODEC)
     worker = RankWorker(bootstrap.rank, torch.device(bootstrap.device), channel.local_host)
-    inbox: queue.Queue[object] = queue.Queue(_MAX_QUEUED)
-    threading.Thread(target=_read, args=(channel, bootstrap.rank, inbox), name="rank-reader", daemon=True).start()
-    while not isinstance(message := inbox.get(), Shutdown):
+    inbox: queue.Queue[Job | None] = queue.Queue(_MAX_QUEUED)
+    threading.Thread(target=_read, args=(channel, worker, inbox), name="rank-reader", daemon=True).start()
+    while (job := inbox.get()) is not None:
         try:
-            reply = worker.compute(message)
+            reply = worker.compute(job)
         except FuselineError as error:
             channel.send(failure_of(error))
             raise
@@ -169,17 +259,38 @@ def run_rank(bootstrap: RankBootstrap) -> None:
     worker.close()
 
 
-def _read(channel: StepChannel, rank: int, inbox: queue.Queue[object]) -> None:
+def _read(channel: StepChannel, worker: RankWorker, inbox: queue.Queue[Job | None]) -> None:
+    """Take messages until the end; a lost channel is the end of the process."""
+
+    def answer(message: CallAnswer) -> None:
+        try:
+            channel.send(message)
+        except UnavailableError as error:
+            logger.warning("rank %d cannot answer: %s", worker.rank, error)
+
     while True:
         try:
             message = channel.receive()
         except FuselineError as error:
-            logger.error("rank %d ends: %s", rank, error)  # noqa: TRY400  # the trace says nothing more
+            logger.error("rank %d ends: %s", worker.rank, error)  # noqa: TRY400  # the trace says nothing more
             os._exit(1)
-        if isinstance(message, (*COMPUTE_MESSAGES, Shutdown)):
-            inbox.put(message)
-            if isinstance(message, Shutdown):
+        match message:
+            case LoadModel() | AllocateCache() | StepPlan():
+                inbox.put(worker.accept(message))
+            case Shutdown():
+                inbox.put(None)
                 return
+            case _:
+                worker.call(message, answer)
+
+
+def _finished(call_id: int, future: Future[TransferSummary]) -> CallAnswer:
+    error = future.exception()
+    if error is None:
+        return HandoffDone(call_id, future.result())
+    if not isinstance(error, FuselineError):
+        error = InternalError(f"{type(error).__name__}: {error}")
+    return CallFailed(call_id, failure_of(error))
 
 
 def main() -> int:

@@ -1,13 +1,15 @@
 """What a group's first rank and another one say to each other on their channel.
 
 Computing messages (``LoadModel``, ``AllocateCache``, ``StepPlan``) are worked off in order by the rank's compute
-thread. Everything else is answered at once, beside the computation.
+thread. Calls, which are about KV transfer, are answered beside the computation, under their ``call_id``.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import get_args
 
+from ..collectives.kv_transfer import TransferSummary
 from ..collectives.messages import MessageCodec
 from ..runtime.config import ModelInfo, SchedulerConfig
 from ..runtime.errors import (
@@ -24,6 +26,7 @@ from ..runtime.errors import (
     ResourceExhaustedError,
     UnavailableError,
 )
+from ..runtime.handoff import KvReservation, Provenance
 from ..runtime.plan import StepPlan, StepResult
 from ..runtime.sharding import ParallelConfig
 
@@ -56,6 +59,7 @@ class LoadModel:
         memory_fraction: of a GPU, that weights, KV cache and work space may take together.
         num_kv_blocks: taken as given, whatever the memory; None: as many as fit.
         kv_cache_memory_bytes: for this rank's KV cache; None: from the free memory.
+        transfers_kv: whether to prepare for handing KV off and taking it over.
     """
 
     model: str
@@ -69,6 +73,7 @@ class LoadModel:
     memory_fraction: float
     num_kv_blocks: int | None
     kv_cache_memory_bytes: int | None
+    transfers_kv: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +92,16 @@ class AllocateCache:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """The rank can run steps."""
+    """The rank can run steps.
+
+    Attributes:
+        kv_address: of its own ``KvTransfer`` service; empty on the first rank, whose service is the worker's, and
+            where no KV is transferred.
+        host_id: see ``RankEndpoint``.
+    """
+
+    kv_address: str = ""
+    host_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +118,96 @@ class Shutdown:
     """End in order."""
 
 
-COMPUTE_MESSAGES = (LoadModel, AllocateCache, StepPlan)
-CODEC = MessageCodec([LoadModel, Loaded, AllocateCache, Ready, StepPlan, StepResult, RankFailure, Shutdown])
+@dataclass(frozen=True, slots=True)
+class OpenReservation:
+    """Take KV into these blocks; see ``KvReceiver.open``."""
+
+    call_id: int
+    reservation: KvReservation
+    block_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReservation:
+    """Has exactly this KV arrived in full? See ``KvReceiver.verify``."""
+
+    call_id: int
+    reservation_id: str
+    provenance: Provenance
+
+
+@dataclass(frozen=True, slots=True)
+class CloseReservation:
+    """Write no byte of it any more; see ``KvReceiver.close``."""
+
+    call_id: int
+    reservation_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class StartHandoff:
+    """Push the KV of the sequence of this name while it is computed; see ``RankHandoffs``."""
+
+    call_id: int
+    handoff_id: str
+    reservation: KvReservation
+
+
+@dataclass(frozen=True, slots=True)
+class FinishHandoff:
+    """Push what is left; answered by ``HandoffDone`` when all is acknowledged."""
+
+    call_id: int
+    handoff_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class CancelHandoff:
+    """Read no byte for it any more."""
+
+    call_id: int
+    handoff_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallDone:
+    """A call has succeeded."""
+
+    call_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class HandoffDone:
+    """A ``FinishHandoff`` has succeeded."""
+
+    call_id: int
+    summary: TransferSummary
+
+
+@dataclass(frozen=True, slots=True)
+class CallFailed:
+    """A call has failed; the rank and its group go on."""
+
+    call_id: int
+    failure: RankFailure
+
+
+Call = OpenReservation | VerifyReservation | CloseReservation | StartHandoff | FinishHandoff | CancelHandoff
+CallAnswer = CallDone | HandoffDone | CallFailed
+CODEC = MessageCodec(
+    [
+        LoadModel,
+        Loaded,
+        AllocateCache,
+        Ready,
+        StepPlan,
+        StepResult,
+        RankFailure,
+        Shutdown,
+        *get_args(Call),
+        *get_args(CallAnswer),
+    ]
+)
 BOOTSTRAP_CODEC = MessageCodec([RankBootstrap])
 
 _ERROR_TYPES: dict[ErrorCode, type[FuselineError]] = {
