@@ -18,6 +18,7 @@ from ..proto.fuseline.v1 import cluster_pb2, cluster_pb2_grpc, inference_pb2, in
 from ..runtime.errors import DeadlineExceededError, FuselineError, InvalidArgumentError, UnavailableError
 from ..runtime.sampling_params import SamplingParams
 from ..workers.grpc_errors import error_from_rpc
+from ..workers.grpc_options import CHANNEL_OPTIONS
 from .generation import (
     GenerateChunk,
     GenerateResult,
@@ -31,15 +32,8 @@ from .generation import (
 from .status import ClusterStatus, role_to_wire, status_from_wire
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
-MAX_MESSAGE_BYTES = 16 * 2**20
 # Long enough for any healthy gateway; without it a call to a host that swallows packets would hang.
 CONTROL_TIMEOUT_S = 10.0
-CHANNEL_OPTIONS = (
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-)
 _ADDRESS = re.compile(r"\S+:(\d{1,5})")
 
 

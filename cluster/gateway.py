@@ -22,9 +22,9 @@ from ..proto.fuseline.v1 import cluster_pb2, cluster_pb2_grpc, inference_pb2, in
 from ..runtime.config import ModelInfo
 from ..runtime.errors import UnavailableError
 from ..runtime.role import WorkerRole
+from ..workers.grpc_options import SERVER_OPTIONS
 from ..workers.tokenizer import Tokenizer
 from .admission import Admission
-from .client import MAX_MESSAGE_BYTES
 from .dispatcher import Dispatcher
 from .inference_service import InferenceService
 from .membership import Membership
@@ -33,15 +33,6 @@ from .worker_pool import WorkerPool
 
 INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 CLUSTER = cluster_pb2.DESCRIPTOR.services_by_name["Cluster"].full_name
-_SERVER_OPTIONS = (
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    # Else a second gateway on a taken port would start, and take half of the first one's calls.
-    ("grpc.so_reuseport", 0),
-    # Clients ping every 30 s while a stream is open, however long the model thinks.
-    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-    ("grpc.http2.max_ping_strikes", 0),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +99,7 @@ class Gateway:
         Raises:
             UnavailableError: the address cannot be listened on.
         """
-        server = grpc.aio.server(options=_SERVER_OPTIONS)
+        server = grpc.aio.server(options=SERVER_OPTIONS)
         inference_pb2_grpc.add_InferenceServicer_to_server(self.inference, server)
         names = [INFERENCE, health.SERVICE_NAME, reflection.SERVICE_NAME]
         if self._cluster_service is not None:

@@ -26,7 +26,7 @@ import grpc.aio
 from ..proto.fuseline.v1 import worker_pb2, worker_pb2_grpc
 from ..runtime.errors import UnavailableError
 from ..runtime.role import WorkerRole
-from .client import CHANNEL_OPTIONS
+from ..workers.grpc_options import CHANNEL_OPTIONS
 from .membership import Membership, MembershipView, ReplicaInfo, ReplicaState
 from .router import ReplicaSnapshot, RoutingDecision
 from .status import role_from_wire
@@ -37,15 +37,6 @@ logger = logging.getLogger(__name__)
 MAX_SILENCE_S = 10.0
 RECONNECT_DELAY_S = 0.2
 MAX_RECONNECT_DELAY_S = 5.0
-# Watch sends every second, so these pings never look like abuse to the worker. They end calls to a worker that hangs.
-WORKER_CHANNEL_OPTIONS = (
-    *CHANNEL_OPTIONS[:2],
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 2_000),
-)
 
 
 @dataclass(eq=False, slots=True)
@@ -274,7 +265,7 @@ _REACHABLE = (ReplicaState.READY, ReplicaState.DRAINING)
 
 
 def _connect(info: ReplicaInfo) -> _Worker:
-    channel = grpc.aio.insecure_channel(info.address, options=WORKER_CHANNEL_OPTIONS)
+    channel = grpc.aio.insecure_channel(info.address, options=CHANNEL_OPTIONS)
     return _Worker(
         info=info,
         channel=channel,

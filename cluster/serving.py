@@ -1,0 +1,196 @@
+"""``fuseline serve`` from start to end: Ray, replicas, gateway, and the way out again.
+
+The main thread starts and closes Ray, whose processes end with the thread that started them, and runs the gateway's
+event loop in between. The first SIGINT or SIGTERM, or the ``Stop`` of the Cluster service, ends serving in order: no
+new requests, those under way finish within a bound, then everything is cleared away. The second signal ends at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from .. import __version__
+from ..runtime.config import ModelInfo
+from ..runtime.errors import UnavailableError
+from ..workers.loader import model_info, resolve_model
+from ..workers.tokenizer import Tokenizer
+from .cluster_config import ClusterConfig, PoolConfig
+from .cluster_service import ClusterService
+from .gateway import Gateway, GatewayConfig
+from .membership import ReplicaState
+from .messages import ControllerStatus
+from .processes import descendants, end_all
+from .ray_backend import RayBackend
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+LONG_POLL_S = 10.0
+MAX_GRACE_S = 30.0  # for streams to end when the cluster does; a longer drain_timeout is for replicas that leave it
+PREFILL_QUEUE_STEPS = 4  # a prefill worker's queue is kept below so many full steps
+
+INTERRUPTED = 130  # what shells report for Ctrl-C
+
+Say = Callable[[str], None]
+
+
+def run_cluster(config: ClusterConfig, say: Say) -> None:
+    """Serve until told to stop; returns when nothing is left. Must run in the main thread.
+
+    Raises:
+        FuselineError: it cannot be served; nothing is left behind.
+        KeyboardInterrupt: told to stop while Ray was starting.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    started_at = time.monotonic()
+    with _signals() as stopping:
+        _check_port(config)
+        path = resolve_model(config.model)
+        model = model_info(path, config.dtype, config.limits.max_model_len, config.name)
+        tokenizer = Tokenizer.load(path)
+        say(f"fuseline {__version__} serves {config.name}")
+        say(f"{_pool('prefill', config.prefill)}, {_pool('decode', config.decode)}")
+        say(f"joining Ray at {config.ray_address}" if config.ray_address else "starting Ray")
+        with RayBackend.start(config) as backend:
+            stopping.listen()  # Ray has taken SIGTERM
+            asyncio.run(_serve(backend, model, tokenizer, stopping, started_at, say))
+            say("stopping workers")
+    say("stopped")
+
+
+class _Stopping:
+    """Being told to stop, by a signal or by a caller, before and while an event loop runs."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._event = asyncio.Event()
+
+    def listen(self) -> None:
+        """Take the signals."""
+        for number in SIGNALS:
+            signal.signal(number, self.on_signal)
+
+    def attach(self) -> None:
+        """From now on ``wait`` in the running loop is told."""
+        self._loop = asyncio.get_running_loop()
+        if self._asked:
+            self._event.set()
+
+    async def wait(self) -> None:
+        """Return when told to stop."""
+        await self._event.wait()
+
+    def ask(self) -> None:
+        """Stop in order."""
+        self._asked = True
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._event.set)
+
+    def on_signal(self, _number: int, _frame: FrameType | None) -> None:
+        """The first signal asks, or interrupts what runs without a loop; the second ends this process at once."""
+        if self._asked:
+            end_all(descendants(os.getpid()), 0)
+            os._exit(INTERRUPTED)
+        self.ask()
+        if self._loop is None:
+            raise KeyboardInterrupt
+
+
+@contextmanager
+def _signals() -> Iterator[_Stopping]:
+    stopping = _Stopping()
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    stopping.listen()
+    try:
+        yield stopping
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+async def _serve(
+    backend: RayBackend, model: ModelInfo, tokenizer: Tokenizer, stopping: _Stopping, started_at: float, say: Say
+) -> None:
+    """The gateway's life, on a cluster whose replicas are being started."""
+    config = backend.config
+    limits = config.limits
+    gateway_config = GatewayConfig(
+        host=config.host,
+        port=config.port,
+        block_size=limits.block_size,
+        enable_prefix_caching=limits.enable_prefix_caching,
+        max_queued_tokens=PREFILL_QUEUE_STEPS * limits.max_num_batched_tokens,
+    )
+    service = ClusterService(backend.controller, stop=stopping.ask)
+    gateway = Gateway(gateway_config, model, tokenizer, backend.membership, service)
+    service.snapshots = gateway.pool.snapshots
+    stopping.attach()
+    port = await gateway.start()
+    try:
+        ready = asyncio.create_task(_wait_ready(backend, gateway, say))
+        asked = asyncio.create_task(stopping.wait())
+        await asyncio.wait({ready, asked}, return_when=asyncio.FIRST_COMPLETED)
+        if ready.done():
+            ready.result()
+            say(f"ready in {time.monotonic() - started_at:.1f} s: {config.host}:{port} (Ctrl-C stops)")
+        await asked
+        ready.cancel()
+        say(f"stopping, {gateway.num_sequences} sequences under way")
+    finally:
+        await gateway.stop(min(config.drain_timeout_s, MAX_GRACE_S))
+
+
+async def _wait_ready(backend: RayBackend, gateway: Gateway, say: Say) -> None:
+    """Tell how the replicas come up; return when the first requests can be served and the target is reached.
+
+    Raises:
+        UnavailableError: a replica has failed too often in a row, and why.
+    """
+    told = ""
+    while True:
+        status = await backend.controller.status()
+        if status.failed:
+            raise UnavailableError(f"a worker does not start: {status.failed}")
+        progress = _progress(status)
+        if progress != told:
+            say(progress)
+            told = progress
+        if status.reached:
+            break
+        status = await backend.controller.status(status.version, LONG_POLL_S)
+    await gateway.wait_ready()
+
+
+def _progress(status: ControllerStatus) -> str:
+    num_wanted = status.target.prefill + status.target.decode
+    num_ready = sum(replica.state is ReplicaState.READY for replica in status.replicas)
+    troubles = "".join(f"; {r.worker_id}: {r.message}" for r in status.replicas if r.message)
+    return f"loading on {status.config.device}: {num_ready} of {num_wanted} workers ready{troubles}"
+
+
+def _pool(name: str, pool: PoolConfig) -> str:
+    parallel = pool.parallel
+    return f"{name} {pool.num_replicas} x TP {parallel.tensor_parallel_size} x PP {parallel.pipeline_parallel_size}"
+
+
+def _check_port(config: ClusterConfig) -> None:
+    """Refuse a port that is taken before Ray is started for nothing.
+
+    Raises:
+        UnavailableError: the gateway could not listen there.
+    """
+    with socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((config.host, config.port))
+        except OSError as error:
+            raise UnavailableError(
+                f"cannot listen on {config.host}:{config.port}: {error.strerror or error}", field="grpc_port"
+            ) from error
