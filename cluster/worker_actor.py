@@ -32,6 +32,10 @@ logger = logging.getLogger(__name__)
 class RankActor:
     """A rank beyond the first: a process given over to ``run_rank``. Ray ends it with the first rank's."""
 
+    def pid(self) -> int:
+        """Its process id; asked before ``run``, which occupies the process."""
+        return os.getpid()
+
     def run(self, bootstrap: bytes) -> None:
         """Be the rank, until the first rank hangs up."""
         from ..workers.rank import run_rank
@@ -46,12 +50,17 @@ class RayRank:
 
     def __init__(self, actor: Any, bootstrap: bytes) -> None:
         self._actor = actor
+        self._pid = actor.pid.remote()
         self._end = actor.run.remote(bootstrap)
 
     @property
     def pid(self) -> int | None:
-        """Its process id; None, since Ray tells it only by asking a process that is busy."""
-        return None
+        """Its process id, once it runs."""
+        try:
+            pid: int = ray.get(self._pid, timeout=0)
+        except (GetTimeoutError, RayError):
+            return None
+        return pid
 
     def exit_code(self) -> int | None:
         """See ``RankProcess``."""

@@ -39,8 +39,8 @@ class HostedWorker(Protocol):
     async def failed(self) -> str:
         """Wait until it is broken beyond repair (a rank is gone); returns why."""
 
-    def set_role(self, role: WorkerRole) -> None:
-        """Serve another role from now on."""
+    async def set_role(self, role: WorkerRole) -> None:
+        """Serve another role from now on; also before it serves at all."""
 
     def load(self) -> int:
         """Requests under way."""
@@ -140,7 +140,7 @@ class WorkerHost:
             Exception: whatever keeps the worker from it.
         """
         self._worker = worker = self._make(self._spec)
-        worker.set_role(self._role)
+        await worker.set_role(self._role)
         self._address = await worker.start()
         self._ready_at = time.monotonic()
         self._enter(ReplicaState.READY)
@@ -188,7 +188,7 @@ class WorkerHost:
     async def _set_role(self, role: WorkerRole) -> None:
         self._role = role
         if self._worker is not None:
-            self._worker.set_role(role)
+            await self._worker.set_role(role)
         self._note_change()
 
     async def _drain(self) -> None:

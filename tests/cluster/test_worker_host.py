@@ -40,7 +40,7 @@ class Worker:
         await self.broken.wait()
         return "rank 1 is gone"
 
-    def set_role(self, role: WorkerRole) -> None:
+    async def set_role(self, role: WorkerRole) -> None:
         self.role = role
 
     def load(self) -> int:
