@@ -63,7 +63,7 @@ class EngineThread:
 
         Args:
             max_live: most streams open at once; one more is refused with ResourceExhaustedError.
-            on_failure: called once, on the loop, when the engine can no longer run.
+            on_failure: called once, on the loop, when the engine can no longer run without having been stopped.
             clock: the one that the engine was built with.
         """
         self.failure: FuselineError | None = None
@@ -291,7 +291,8 @@ class EngineThread:
                     stream.request_id, finish_reason=FinishReason.ERROR, error_code=error.code, error=error.message
                 )
             )
-        self._on_failure(error)
+        if not self._is_stopping:
+            self._on_failure(error)
 
     def _forget(self, stream: RequestStream, closed: asyncio.Future[None], done: asyncio.Future[None]) -> None:
         done.exception()  # an engine that has failed or stopped holds nothing
