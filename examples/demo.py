@@ -18,6 +18,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
@@ -37,6 +38,22 @@ PROMPTS = (
     "class Server(threading.Thread):\n    def __init__(self, host, port):\n",
     "def test_roundtrip(self):\n    data = b'abc'\n",
     "try:\n    import json\nexcept ImportError:\n",
+    "class Node:\n    def __init__(self, value, children=()):\n        self.value = value\n",
+    "def is_prime(n):\n    if n < 2:\n        return False\n",
+    "with open(filename, encoding='utf-8') as file:\n    for line in file:\n",
+    "def main():\n    logging.basicConfig(level=logging.INFO)\n",
+    "class Queue:\n    def put(self, item, block=True, timeout=None):\n",
+    "def flatten(items):\n    result = []\n    for item in items:\n        if isinstance(item, list):\n",
+    "@property\ndef name(self):\n    return self._name\n\n@name.setter\n",
+    "def quote(string, safe='/'):\n    if not string:\n",
+    "class ParseError(ValueError):\n    def __init__(self, message, lineno):\n",
+    "def copy_tree(source, target):\n    os.makedirs(target, exist_ok=True)\n",
+    "async def fetch(reader, writer):\n    while True:\n        line = await reader.readline()\n",
+    "def __eq__(self, other):\n    if not isinstance(other, type(self)):\n",
+    "while self._running:\n    try:\n        event = self._queue.get(timeout=1)\n",
+    "def median(data):\n    data = sorted(data)\n    n = len(data)\n",
+    "lock = threading.Lock()\n\ndef worker(queue):\n    while True:\n",
+    "def wrap(text, width=70):\n    lines = []\n    for word in text.split():\n",
 )
 COMMAND = ("serve", "demo", "--prefill", "1", "--decode", "1", "--grpc-port", "0", "--max-num-seqs", "8")
 NUM_LANES = 3
@@ -49,6 +66,8 @@ STOP_LIMIT_S = 90.0
 MARK = "FUSELINE_DEMO"  # in the environment of every process that the demo starts, at whatever remove
 
 console = Console()
+if not console.is_terminal:
+    console = Console(width=160)
 
 
 @dataclass
@@ -192,9 +211,18 @@ async def stream_requests(address: str, screen: Screen) -> None:
 
 def print_table(served: list[Served]) -> None:
     """Who served what, and how fast."""
-    table = Table(title="Requests, in order of completion", title_justify="left")
-    for column in ("request", "prompt", "prefill", "decode", "tokens", "TTFT", "TPOT"):
-        table.add_column(column, justify="right" if column in ("request", "tokens", "TTFT", "TPOT") else "left")
+    table = Table(
+        title="Requests, in order of completion", title_justify="left", box=SIMPLE_HEAD, width=min(console.width, 110)
+    )
+    for column in ("#", "prompt", "prefill", "decode", "tokens", "TTFT", "TPOT"):
+        is_text = column in ("prompt", "prefill", "decode")
+        table.add_column(
+            column,
+            justify="left" if is_text else "right",
+            no_wrap=True,
+            min_width={"#": 3, "prompt": 8, "prefill": 14, "decode": 14, "tokens": 6}.get(column, 8),
+            ratio=1 if column == "prompt" else None,
+        )
     for done in served:
         table.add_row(*_row(done))
     console.print(table)
@@ -205,7 +233,7 @@ def _row(done: Served) -> tuple[str, ...]:
     return (
         str(done.number),
         done.prompt.splitlines()[0],
-        summary.prefill_worker or "(decode)",
+        summary.prefill_worker or "by decode",
         summary.decode_worker,
         str(summary.num_output_tokens),
         f"{summary.ttft_s * 1e3:.0f} ms",

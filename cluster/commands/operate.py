@@ -69,6 +69,7 @@ def _parsed(sizes: list[str]) -> dict[str, int]:
 
 
 def _show(seen: ClusterStatus) -> None:
+    # Its import costs more than the rest of the command.
     from rich.console import Console
     from rich.table import Table
 
