@@ -129,12 +129,19 @@ class StepChannel:
 
 
 class StepListener:
-    """Where the other ranks of one group call in."""
+    """Where the other ranks of one group call in.
+
+    Raises:
+        UnavailableError: ``host`` is no address of this machine.
+    """
 
     def __init__(self, host: str, codec: MessageCodec) -> None:
         self.token = secrets.token_bytes(TOKEN_BYTES)
         self._codec = codec
-        self._sock = socket.create_server((host, 0), backlog=_MAX_STRANGERS)
+        try:
+            self._sock = socket.create_server((host, 0), backlog=_MAX_STRANGERS)
+        except OSError as error:
+            raise UnavailableError(f"cannot listen on {host}: {error}", host=host) from error
         self.address = f"{host}:{self._sock.getsockname()[1]}"
 
     def accept(self, ranks: set[int], timeout_s: float, check: Callable[[], None]) -> dict[int, StepChannel]:

@@ -40,6 +40,7 @@ class CallBook:
         When a rank has failed the call, the future fails with that error once all have answered.
         """
         future: Future[Result] = Future()
+        future.set_running_or_notify_cancel()  # so that nobody cancels it under the answers' feet
         with self._lock:
             call_id = next(self._ids)
             failure = self._failure

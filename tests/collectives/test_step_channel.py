@@ -180,3 +180,8 @@ def test_nobody_listens():
     listener.close()
     with pytest.raises(UnavailableError, match="cannot reach"):
         StepChannel.connect(listener.address, listener.token, 1, CODEC, timeout_s=1)
+
+
+def test_an_address_of_another_machine():
+    with pytest.raises(UnavailableError, match="cannot listen"):
+        StepListener("192.0.2.1", CODEC)

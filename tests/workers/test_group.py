@@ -1,0 +1,225 @@
+"""Groups of real rank processes: they compute the same, and fail promptly, typed and without leftovers."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import psutil
+import pytest
+
+from fuseline.runtime.config import SchedulerConfig
+from fuseline.runtime.errors import (
+    FuselineError,
+    InternalError,
+    ModelFormatError,
+    ResourceExhaustedError,
+    UnavailableError,
+)
+from fuseline.runtime.request import Request
+from fuseline.runtime.sampling_params import SamplingParams
+from fuseline.runtime.sharding import ParallelConfig
+from fuseline.tests.workers.llm_cases import SMALL_LLM, logprobs_of, run_mixed, tokens_of, write_tiny
+from fuseline.workers.group import GroupConfig, ModelGroup
+from fuseline.workers.launcher import LocalLauncher
+from fuseline.workers.llm import LLM
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tiny")
+    write_tiny(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def single(tiny):
+    return run_mixed(tiny)
+
+
+def group_config(path, tp=1, pp=1, **options):
+    defaults = {
+        "device": "cpu",
+        "max_model_len": 128,
+        "block_size": 4,
+        "num_kv_blocks": 64,
+        "scheduler": SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=64),
+    }
+    return GroupConfig(model=str(path), parallel=ParallelConfig(tp, pp), **{**defaults, **options})
+
+
+def rank_processes():
+    return [p for p in psutil.Process().children(recursive=True) if "fuseline.workers.rank" in " ".join(p.cmdline())]
+
+
+@pytest.fixture(autouse=True)
+def _no_process_stays():
+    yield
+    _, alive = psutil.wait_procs(rank_processes(), timeout=5)
+    assert alive == []
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (4, 1), (1, 2), (2, 2)])
+def test_ranks_choose_the_tokens_of_one(tiny, single, tp, pp):
+    """With 4 tensor ranks the 2 KV heads are replicated; with 2 stages their 3 layers are split unevenly."""
+    outputs = run_mixed(
+        tiny, tensor_parallel_size=tp, pipeline_parallel_size=pp, num_kv_blocks=40, max_num_batched_tokens=24
+    )
+    assert tokens_of(outputs) == tokens_of(single)
+    for mine, other in zip(logprobs_of(outputs), logprobs_of(single), strict=True):
+        assert mine == pytest.approx(other, abs=1e-4)
+
+
+def test_a_killed_rank_ends_everything_promptly(tiny):
+    with LLM(str(tiny), **SMALL_LLM, tensor_parallel_size=2) as llm:
+        (process,) = rank_processes()
+        assert process.pid in llm.group.executor.pids
+        llm.generate([[5, 6, 7]], SamplingParams(max_tokens=2))
+        killed_at: list[float] = []
+
+        def kill():
+            killed_at.append(time.monotonic())
+            process.kill()
+
+        timer = threading.Timer(0.3, kill)
+        timer.start()
+        with pytest.raises(UnavailableError, match="rank 1"):
+            llm.generate([[5, 6, 7]] * 400, SamplingParams(max_tokens=100, ignore_eos=True))
+        assert time.monotonic() - killed_at[0] < 1.0
+        with pytest.raises(UnavailableError):
+            llm.generate([[5, 6, 7]])
+        llm.group.engine.check_integrity()
+        assert llm.group.engine.stats().num_leaked_blocks == 0
+
+
+def test_an_idle_group_notices_a_killed_rank(tiny):
+    group = ModelGroup.start(group_config(tiny, pp=2))
+    try:
+        (process,) = rank_processes()
+        future = group.executor.close_reservation("x")  # answered or not, it must not be forgotten
+        process.kill()
+        deadline = time.monotonic() + 1.0
+        while group.executor.failure is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert isinstance(group.executor.failure, UnavailableError)
+        assert "exit code -9" in str(group.executor.failure)
+        with pytest.raises(FuselineError):
+            future.result(1)
+    finally:
+        group.close()
+
+
+def test_a_rank_that_hangs_is_given_up(tiny):
+    group = ModelGroup.start(group_config(tiny, tp=2, step_timeout_s=1.0))
+    (process,) = rank_processes()
+    try:
+        process.suspend()
+        group.engine.add_request(Request("a", (5, 6), SamplingParams(max_tokens=4)))
+        (output,) = group.engine.step()
+        assert output.error_code == "UNAVAILABLE"
+    finally:
+        process.resume()
+        group.close()
+
+
+def test_ranks_end_with_their_group_and_with_its_process(tiny):
+    group = ModelGroup.start(group_config(tiny, tp=2))
+    (process,) = rank_processes()
+    start = time.monotonic()
+    group.close()
+    group.close()
+    assert time.monotonic() - start < 5.0
+    assert not process.is_running()
+    with pytest.raises(UnavailableError, match="closed"):
+        group.executor.collect()
+
+    code = (
+        "import sys, fuseline\n"
+        f"llm = fuseline.LLM({str(tiny)!r}, device='cpu', tensor_parallel_size=2)\n"
+        "print(llm.group.executor.pids[0], flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    owner = subprocess.Popen(
+        [sys.executable, "-P", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    with owner:
+        rank = psutil.Process(int(owner.stdout.readline()))
+        owner.kill()
+    rank.wait(2)
+
+
+def test_a_forgotten_llm_is_closed(tiny):
+    llm = LLM(str(tiny), **SMALL_LLM, tensor_parallel_size=2)
+    (process,) = rank_processes()
+    del llm
+    process.wait(5)
+
+
+def test_start_failures_are_typed_and_leave_nothing(tiny, tmp_path):
+    with pytest.raises(ResourceExhaustedError, match="rank 0"):
+        ModelGroup.start(group_config(tiny, tp=2, num_kv_blocks=None, kv_cache_memory_bytes=100))
+    with pytest.raises(UnavailableError, match="cannot listen"):
+        ModelGroup.start(group_config(tiny, tp=2), LocalLauncher("192.0.2.1"))
+    broken = shutil.copytree(tiny, tmp_path / "broken")
+    data = bytearray((broken / "model.safetensors").read_bytes())
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    assert "model.norm.weight" in header
+    index = data.index(b"model.norm.weight")
+    data[index : index + 17] = b"model.morn.weight"
+    (broken / "model.safetensors").write_bytes(data)
+    with pytest.raises(ModelFormatError):
+        ModelGroup.start(group_config(broken, tp=2))
+
+
+class OtherModelLauncher(LocalLauncher):
+    """Starts ranks that see another model than the first rank: as on a host whose copy is out of date."""
+
+    def __init__(self, swap):
+        super().__init__()
+        self._swap = swap
+
+    def launch(self, rank, address, token, device_type):
+        process = super().launch(rank, address, token, device_type)
+        self._swap()
+        return process
+
+
+def test_a_rank_reports_what_is_wrong_on_its_side(tiny, tmp_path):
+    path = shutil.copytree(tiny, tmp_path / "model")
+    config = json.loads((path / "config.json").read_text())
+    changed = json.dumps({**config, "rms_norm_eps": 0.5})
+    with pytest.raises(ModelFormatError, match=r"rank 1.*not the model that the first rank has"):
+        ModelGroup.start(
+            group_config(path, tp=2), OtherModelLauncher(lambda: (path / "config.json").write_text(changed))
+        )
+
+
+class DyingLauncher(LocalLauncher):
+    def launch(self, rank, address, token, device_type):
+        process = super().launch(rank, address, token, device_type)
+        os.kill(process.pid, signal.SIGKILL)
+        return process
+
+
+def test_a_rank_that_dies_before_it_calls_in(tiny):
+    start = time.monotonic()
+    with pytest.raises(UnavailableError, match="rank 1 ended with exit code -9"):
+        ModelGroup.start(group_config(tiny, tp=2), DyingLauncher())
+    assert time.monotonic() - start < 5.0
+
+
+def test_calls_about_kv_are_refused_by_a_group_without_transfers(tiny):
+    group = ModelGroup.start(group_config(tiny))
+    try:
+        with pytest.raises(InternalError, match="not started to transfer"):
+            group.executor.close_reservation("x").result(5)
+    finally:
+        group.close()
+    with pytest.raises(UnavailableError, match="closed"):
+        group.executor.close_reservation("x").result(5)
