@@ -75,11 +75,15 @@ class GroupExecutor:
         first: the rank in this process.
         others: channel and process of every other rank, by rank.
         timeout_s: for a step to come back; a rank that hangs longer is as good as lost.
+
+    Attributes:
+        failed: resolved, from any thread, when the group has become unusable; so an idle owner learns of it as well.
     """
 
     def __init__(
         self, first: RankWorker, others: Mapping[int, tuple[StepChannel, RankProcess]], timeout_s: float
     ) -> None:
+        self.failed: Future[FuselineError] = Future()
         self._timeout_s = timeout_s
         self._condition = threading.Condition()
         self._answers: dict[int, object] = {}  # guarded by _condition, like the next three
@@ -225,6 +229,7 @@ class GroupExecutor:
         self._calls.fail(error)
         for link in self._links:
             link.hang_up()
+        self.failed.set_result(error)
 
     def close(self) -> None:
         """End all ranks in order, within some seconds, by force if need be. From any thread, idempotent."""

@@ -79,6 +79,9 @@ class WorkerServer:
         self._ranks = RankCalls(group.executor, group.kv_endpoints(self.address))
         self._status = WorkerServicer(worker_id, role, config, self._engine, self._leases, self.drain)
         self._add_services(group.kv_receiver)
+        # A rank may be lost while the engine has nothing to do.
+        loop, lost = asyncio.get_running_loop(), group.executor.failed
+        lost.add_done_callback(lambda done: loop.call_soon_threadsafe(self._engine.fail, done.result()))
 
     @property
     def role(self) -> WorkerRole:

@@ -45,10 +45,9 @@ class Client:
 
     async def snapshot(self) -> worker_pb2.WorkerSnapshot:
         call = self.worker.Watch(worker_pb2.WatchRequest())
-        async for snapshot in call:
-            call.cancel()
-            return snapshot
-        raise AssertionError("a watch ended without a snapshot")
+        snapshot: worker_pb2.WorkerSnapshot = await anext(aiter(call))
+        call.cancel()
+        return snapshot
 
 
 class Worker(Client):
@@ -58,6 +57,8 @@ class Worker(Client):
         super().__init__(server.address)
         self.server = server
         self.group = server._group
+        assert self.group.kv_receiver is not None
+        self.receiver = self.group.kv_receiver
         self.engine = server._engine
 
     async def released(self, within_s: float = RELEASE_TIMEOUT_S) -> None:
@@ -70,7 +71,7 @@ class Worker(Client):
                 "leaked": stats.num_leaked_blocks,
                 "sequences": stats.num_running + stats.num_waiting + stats.num_reserved + stats.num_held,
                 "leases": self.server.num_live,
-                "reservations": self.group.kv_receiver.stats().num_open,
+                "reservations": self.receiver.stats().num_open,
             }
             if not any(held.values()):
                 break
@@ -110,7 +111,7 @@ async def worker(
     try:
         started = Worker(server)
         yield started
-        await started.channel.close()
+        await started.channel.close(None)
     finally:
         await server.stop(0)
 
@@ -123,7 +124,7 @@ def make_request(prompt_token_ids: list[int], *, seed: int = 0, epoch: int = 0, 
 
 def prompt_of(num_tokens: int, seed: int = 0) -> list[int]:
     """Random token ids."""
-    return np.random.default_rng(seed).integers(1, VOCAB_SIZE, num_tokens).tolist()
+    return [int(token) for token in np.random.default_rng(seed).integers(1, VOCAB_SIZE, num_tokens)]
 
 
 @dataclass

@@ -41,6 +41,8 @@ ROPES: dict[str, dict[str, object]] = {
         "mscale_all_dim": 1.3,
         "truncate": False,
     },
+    # The ramp would end beyond the last dimension.
+    "yarn-clamped": {"rope_type": "yarn", "rope_theta": 3.0, "factor": 2.0, "original_max_position_embeddings": 128},
     "dynamic": {"rope_type": "dynamic", "rope_theta": 1000.0, "factor": 3.0},
 }
 
