@@ -6,7 +6,6 @@ with LLM("demo") as llm:
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import secrets
 import sys
@@ -23,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..runtime.config import SchedulerConfig
 from ..runtime.errors import FuselineError, InternalError, InvalidArgumentError, UnavailableError
 from ..runtime.request import FinishReason, Request, SequenceOutput, TokenLogprobs
-from ..runtime.sampling_params import MAX_SEED, SamplingParams
+from ..runtime.sampling_params import MAX_SEED, SamplingParams, child_seed
 from ..runtime.sharding import ParallelConfig
 from .group import GroupConfig, ModelGroup
 from .rank_protocol import RankFailure, error_of
@@ -294,14 +293,6 @@ class LLM:
                 del live[output.request_id]
                 num_ended += 1
         return num_ended
-
-
-def child_seed(seed: int, index: int) -> int:
-    """Seed of a request's sequence ``index``: the request's own for the first, a hash of both for the others."""
-    if index == 0:
-        return seed
-    digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") & MAX_SEED
 
 
 def _per_prompt(name: str, given: Any, default: Any, num_prompts: int) -> list[Any]:

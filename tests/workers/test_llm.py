@@ -17,7 +17,7 @@ from fuseline.runtime.errors import (
     UnavailableError,
 )
 from fuseline.runtime.request import FinishReason
-from fuseline.runtime.sampling_params import SamplingParams
+from fuseline.runtime.sampling_params import SamplingParams, child_seed
 from fuseline.tests.checkpoints import reference_greedy, reference_logits
 from fuseline.tests.workers.llm_cases import (
     DEMO,
@@ -28,7 +28,7 @@ from fuseline.tests.workers.llm_cases import (
     tokens_of,
     write_tiny,
 )
-from fuseline.workers.llm import LLM, child_seed
+from fuseline.workers.llm import LLM
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=16)
 
