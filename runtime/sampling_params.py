@@ -95,8 +95,8 @@ class SamplingParams:
 def child_seed(seed: int, index: int) -> int:
     """Seed of the ``index``-th of a request's ``n`` sequences.
 
-    The first one keeps ``seed``, so that it equals a request with ``n=1``. The others are hashed, not counted up: else
-    the second sequence of seed 7 would be the first one of seed 8.
+    The first one keeps ``seed``, so that it equals a request with ``n=1``. The others are hashed, not counted up:
+    else the second sequence of seed 7 would be the first one of seed 8.
     """
     if index == 0:
         return seed

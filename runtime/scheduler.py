@@ -53,7 +53,6 @@ class Scheduler:
         self._max_num_batched_tokens = config.scheduler.max_num_batched_tokens
         self._depth = config.parallel.pipeline_parallel_size
         self._computing: Counter[bytes] = Counter()  # prefix blocks that steps in flight complete
-        self._preempted: list[Sequence] = []  # for the step that is being made
 
     def reserve(self, seq: Sequence) -> None:
         """Give a new RESERVED sequence blocks for its prompt and one token.
@@ -79,10 +78,10 @@ class Scheduler:
 
     def schedule(self) -> ScheduledStep | None:
         """Make the next step, or None when nothing can run now. What it returns counts as submitted."""
-        self._preempted = []
+        num_preemptions = self._store.num_preemptions
         rows, seqs, grown = self._schedule_decodes()
         chunks = self._schedule_prefills(self._max_num_batched_tokens - len(seqs))
-        if self._preempted:
+        if self._store.num_preemptions > num_preemptions:
             keep = [i for i, seq in enumerate(seqs) if seq.state is SequenceState.DECODING]
             rows, seqs = rows[keep], [seqs[i] for i in keep]
             grown = [(seq, block) for seq, block in grown if seq.state is SequenceState.DECODING]
@@ -140,17 +139,17 @@ class Scheduler:
         while not store.pool.num_free:
             last = store.running[-1]
             if store.committed and store.committed[-1].key > last.key:
-                self._preempt(store.committed[-1])
+                store.preempt(store.committed[-1])
             elif last is seq:
                 # Whoever else holds blocks runs and will end, or is a handoff and will end, or is committed: only
                 # that could wait for this one, namely for its row.
                 if store.committed:
-                    self._preempt(seq)
+                    store.preempt(seq)
                 return False
             elif store.table.in_flight[last.row]:
                 return False
             else:
-                self._preempt(last)
+                store.preempt(last)
         return True
 
     # -- prefills ------------------------------------------------------------------------------------------------
@@ -186,7 +185,7 @@ class Scheduler:
                 if self._prefix_is_coming(seq, len(found)):
                     num_deferred += 1
                     continue
-                if seq in self._preempted or not self._make_room(seq, found):
+                if not self._make_room(seq, found):
                     is_blocked = True
                     continue
                 store.admit(seq, found)
@@ -227,7 +226,7 @@ class Scheduler:
             return False
         for victim in victims:
             if not store.table.in_flight[victim.row]:
-                self._preempt(victim)
+                store.preempt(victim)
                 if self._has_room(seq, found):
                     return True
         return False
@@ -240,10 +239,6 @@ class Scheduler:
     def _num_needed(self, seq: Sequence, found: list[int]) -> int:
         """By how much ``num_free`` of the pool shrinks when ``seq`` takes its blocks, ``found`` among them."""
         return self._store.num_blocks_for(seq) - len(found) + self._store.pool.num_unused(found)
-
-    def _preempt(self, seq: Sequence) -> None:
-        self._store.preempt(seq)
-        self._preempted.append(seq)
 
     # -- the plan ------------------------------------------------------------------------------------------------
 

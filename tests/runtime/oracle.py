@@ -9,6 +9,7 @@ all is found on the spot. The next token is a function of the digest alone, so i
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,6 +18,7 @@ from fuseline.runtime.config import CacheConfig, EngineConfig, ModelInfo, Schedu
 from fuseline.runtime.errors import UnavailableError
 from fuseline.runtime.plan import AdmittedSequence, StepPlan, StepResult
 from fuseline.runtime.request import TokenLogprobs
+from fuseline.runtime.sampling_params import SamplingParams
 from fuseline.runtime.sharding import ModelShape, ParallelConfig
 
 VOCAB_SIZE = 50
@@ -34,6 +36,7 @@ def engine_config(
     depth: int = 1,
     prefix_caching: bool = True,
     max_num_queued: int = 100,
+    handoff_timeout_s: float = 120.0,
     vocab_size: int = VOCAB_SIZE,
 ) -> EngineConfig:
     shape = ModelShape(
@@ -48,7 +51,7 @@ def engine_config(
     return EngineConfig(
         model=ModelInfo("oracle", "f00d", shape, "float32", max_model_len, (EOS,)),
         cache=CacheConfig(num_blocks, block_size, prefix_caching),
-        scheduler=SchedulerConfig(max_num_seqs, max_num_batched_tokens, max_num_queued),
+        scheduler=SchedulerConfig(max_num_seqs, max_num_batched_tokens, max_num_queued, handoff_timeout_s),
         parallel=ParallelConfig(pipeline_parallel_size=depth),
     )
 
@@ -64,21 +67,31 @@ def digest_of(tokens: tuple[int, ...] | list[int]) -> int:
     return digest
 
 
-def choose(digest: int, *, ban_eos: bool, vocab_size: int = VOCAB_SIZE) -> int:
-    """The model: EOS now and then, never while it is banned."""
+def choose(digest: int, banned: frozenset[int], vocab_size: int = VOCAB_SIZE) -> int:
+    """The model and its sampler: the digest names a token, the next one that is not banned is taken."""
     token = (digest >> 7) % vocab_size
-    return 1 + (digest >> 13) % (vocab_size - 1) if ban_eos and token == EOS else token
+    while token in banned:
+        token = (token + 1) % vocab_size
+    return token
 
 
-def generate(prompt: tuple[int, ...], num_tokens: int, *, min_tokens: int = 0, ignore_eos: bool = False) -> list[int]:
-    """What the model says after this prompt, one sequence alone, until EOS or ``num_tokens``."""
-    tokens = list(prompt)
-    while len(tokens) < len(prompt) + num_tokens:
-        num_outputs = len(tokens) - len(prompt)
-        tokens.append(choose(digest_of(tokens), ban_eos=num_outputs < min_tokens))
-        if tokens[-1] == EOS and not ignore_eos:
+def end_ids(params: SamplingParams) -> frozenset[int]:
+    """Tokens that end a sequence, and that the sampler bans before min_tokens."""
+    return frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else {EOS})
+
+
+def generate(prompt: tuple[int, ...], params: SamplingParams, max_len: int) -> list[int]:
+    """What the model says after this prompt, one sequence alone."""
+    ends = end_ids(params)
+    outputs: list[int] = []
+    digest = digest_of(prompt)
+    while len(outputs) < params.max_tokens and len(prompt) + len(outputs) < max_len:
+        token = choose(digest, ends if len(outputs) < params.min_tokens else frozenset())
+        outputs.append(token)
+        digest = extend(digest, token)
+        if token in ends and len(outputs) >= params.min_tokens:
             break
-    return tokens[len(prompt) :]
+    return outputs
 
 
 @dataclass
@@ -117,13 +130,13 @@ class OracleExecutor:
     def collect(self) -> StepResult:
         return self.results.popleft()
 
-    def write(self, block_ids: tuple[int, ...], tokens: tuple[int, ...], num_cached_tokens: int) -> None:
+    def write(self, block_ids: Sequence[int], tokens: tuple[int, ...], num_cached_tokens: int) -> None:
         """What a KV transfer does: fill a reservation's blocks, except for the cached part."""
         size = self.config.cache.block_size
         for position in range(num_cached_tokens, len(tokens)):
             self.kv[block_ids[position // size], position % size] = digest_of(tokens[: position + 1])
 
-    def check_holds(self, block_ids: list[int], tokens: tuple[int, ...]) -> None:
+    def check_holds(self, block_ids: Sequence[int], tokens: tuple[int, ...]) -> None:
         """What a KV transfer reads on a prefill engine must be the prompt's."""
         size = self.config.cache.block_size
         for position in range(len(tokens)):
@@ -179,8 +192,8 @@ class OracleExecutor:
                 assert self.kv[slot] == digest, f"position {index} of {row.admitted.request_id} is not its own"
             params, num_prompt = row.admitted.params, row.admitted.num_prompt_tokens
             if samples:
-                ban = len(row.tokens) - num_prompt < params.min_tokens
-                token_ids.append(choose(digest, ban_eos=ban, vocab_size=self.config.model.shape.vocab_size))
+                banned = end_ids(params) if len(row.tokens) - num_prompt < params.min_tokens else frozenset[int]()
+                token_ids.append(choose(digest, banned, self.config.model.shape.vocab_size))
                 if params.logprobs is not None:
                     logprobs[number] = TokenLogprobs(token_ids[-1], -0.5, 1)
             if params.prompt_logprobs is not None and position < num_prompt - 1:
