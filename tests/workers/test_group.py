@@ -16,10 +16,8 @@ import pytest
 
 from fuseline.runtime.config import SchedulerConfig
 from fuseline.runtime.errors import (
-    FuselineError,
     InternalError,
     ModelFormatError,
-    ResourceExhaustedError,
     UnavailableError,
 )
 from fuseline.runtime.request import Request
@@ -89,30 +87,13 @@ def test_a_killed_rank_ends_everything_promptly(tiny):
 
         timer = threading.Timer(0.3, kill)
         timer.start()
-        with pytest.raises(UnavailableError, match="rank 1"):
+        with pytest.raises(UnavailableError, match=r"rank 1 \(exit code -9\) is gone"):
             llm.generate([[5, 6, 7]] * 400, SamplingParams(max_tokens=100, ignore_eos=True))
         assert time.monotonic() - killed_at[0] < 1.0
         with pytest.raises(UnavailableError):
             llm.generate([[5, 6, 7]])
         llm.group.engine.check_integrity()
         assert llm.group.engine.stats().num_leaked_blocks == 0
-
-
-def test_an_idle_group_notices_a_killed_rank(tiny):
-    group = ModelGroup.start(group_config(tiny, pp=2))
-    try:
-        (process,) = rank_processes()
-        future = group.executor.close_reservation("x")  # answered or not, it must not be forgotten
-        process.kill()
-        deadline = time.monotonic() + 1.0
-        while group.executor.failure is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert isinstance(group.executor.failure, UnavailableError)
-        assert "exit code -9" in str(group.executor.failure)
-        with pytest.raises(FuselineError):
-            future.result(1)
-    finally:
-        group.close()
 
 
 def test_a_rank_that_hangs_is_given_up(tiny):
@@ -128,17 +109,7 @@ def test_a_rank_that_hangs_is_given_up(tiny):
         group.close()
 
 
-def test_ranks_end_with_their_group_and_with_its_process(tiny):
-    group = ModelGroup.start(group_config(tiny, tp=2))
-    (process,) = rank_processes()
-    start = time.monotonic()
-    group.close()
-    group.close()
-    assert time.monotonic() - start < 5.0
-    assert not process.is_running()
-    with pytest.raises(UnavailableError, match="closed"):
-        group.executor.collect()
-
+def test_ranks_end_with_the_process_of_their_group(tiny):
     code = (
         "import sys, fuseline\n"
         f"llm = fuseline.LLM({str(tiny)!r}, device='cpu', tensor_parallel_size=2)\n"
@@ -162,8 +133,6 @@ def test_a_forgotten_llm_is_closed(tiny):
 
 
 def test_start_failures_are_typed_and_leave_nothing(tiny, tmp_path):
-    with pytest.raises(ResourceExhaustedError, match="rank 0"):
-        ModelGroup.start(group_config(tiny, tp=2, num_kv_blocks=None, kv_cache_memory_bytes=100))
     with pytest.raises(UnavailableError, match="cannot listen"):
         ModelGroup.start(group_config(tiny, tp=2), LocalLauncher("192.0.2.1"))
     broken = shutil.copytree(tiny, tmp_path / "broken")

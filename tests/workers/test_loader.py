@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fuseline.collectives.communicator import GroupCommunicators, SoloCommunicator
+from fuseline.runtime.config import CacheConfig, EngineConfig
 from fuseline.runtime.errors import InvalidArgumentError, ModelFormatError, NotFoundError
 from fuseline.runtime.sharding import ParallelConfig
 from fuseline.tests.checkpoints import build_model, edit_config, reference_logits, write_checkpoint
@@ -183,6 +184,18 @@ def test_model_info(tmp_path: Path) -> None:
         with pytest.raises(InvalidArgumentError) as raised:
             model_info(tmp_path, *arguments)
         assert raised.value.details["field"] == field
+
+
+def test_prefixes_are_not_shared_where_rope_depends_on_the_length_of_the_prompt(tmp_path: Path) -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 1000.0, "factor": 2.0}
+    write_checkpoint(tmp_path, build_model("llama", rope_parameters=rope))
+    within, beyond = model_info(tmp_path), model_info(tmp_path, max_model_len=512)
+    EngineConfig(within, CacheConfig(num_blocks=8))
+    EngineConfig(beyond, CacheConfig(num_blocks=8, enable_prefix_caching=False))
+    with pytest.raises(InvalidArgumentError, match="prefix caching must be off"):
+        EngineConfig(beyond, CacheConfig(num_blocks=8))
+    with pytest.raises(InvalidArgumentError, match="between 1 and 512"):
+        model_info(tmp_path, max_model_len=513)
 
 
 def test_the_dtype_is_that_of_the_weights_when_the_configuration_does_not_say(tmp_path: Path) -> None:

@@ -86,7 +86,10 @@ def test_follows_the_reference_distribution(params):
         expected = reference_distribution(logits[0], rows[0])
         ids = sampler.sample(logits.expand(50, VOCAB), rows).token_ids.numpy()
         # Inverse CDF: the drawn token is the one whose interval holds the uniform number of (seed, position).
-        cdf = np.cumsum(expected)
+        filters = params.top_k > 0 or params.top_p < 1.0
+        order = np.lexsort((np.arange(VOCAB), -expected)) if filters else np.arange(VOCAB)
+        cdf = np.empty(VOCAB)
+        cdf[order] = np.cumsum(expected[order])
         u = uniforms(range(50), [4] * 50)
         assert (u < cdf[ids] + 1e-9).all()
         assert (u >= cdf[ids] - expected[ids] - 1e-9).all()
@@ -177,3 +180,14 @@ def test_rows_without_finite_logits_get_no_token():
         assert ids[1] == ids[2] == NO_TOKEN
         assert min(ids[0], ids[3]) >= 0
         assert set(sampled.logprobs) == ({0, 3} if params.logprobs else set())
+
+
+def test_no_options_leave_a_row_without_a_token():
+    logits = make_logits(1)
+    for params in (
+        SamplingParams(repetition_penalty=1e-45, temperature=0.0),
+        SamplingParams(repetition_penalty=1e-45, temperature=5e-324, top_p=1e-300),
+        SamplingParams(min_tokens=3, max_tokens=9, stop_token_ids=tuple(range(VOCAB))),
+        SamplingParams(min_p=1.0, top_k=2**40),
+    ):
+        assert 0 <= Sampler([EOS]).sample(logits, [make_row(params)]).token_ids.item() < VOCAB

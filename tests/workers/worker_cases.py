@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncIterable, AsyncIterator
+from collections.abc import AsyncIterable, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,9 +13,11 @@ from typing import Any
 import grpc
 import grpc.aio
 import numpy as np
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from fuseline.proto.fuseline.v1 import kv_transfer_pb2_grpc, worker_pb2, worker_pb2_grpc
 from fuseline.runtime.config import SchedulerConfig
+from fuseline.runtime.engine_stats import EngineStats
 from fuseline.runtime.errors import FuselineError
 from fuseline.runtime.request import FinishReason, Request, SequenceOutput
 from fuseline.runtime.role import WorkerRole
@@ -49,6 +51,12 @@ class Client:
         call.cancel()
         return snapshot
 
+    async def health(self, service: str) -> int:
+        """As ``grpc.health.v1`` tells it."""
+        stub = health_pb2_grpc.HealthStub(self.channel)
+        answer: health_pb2.HealthCheckResponse = await stub.Check(health_pb2.HealthCheckRequest(service=service))
+        return int(answer.status)
+
 
 class Worker(Client):
     """A server in this process, with its stubs."""
@@ -60,6 +68,17 @@ class Worker(Client):
         assert self.group.kv_receiver is not None
         self.receiver = self.group.kv_receiver
         self.engine = server._engine
+
+    async def until(self, happened: Callable[[EngineStats], bool]) -> None:
+        """Wait for the engine to come into a state."""
+        changed = asyncio.Event()
+        self.engine.watchers.add(changed)
+        try:
+            while not happened(await self.engine.stats()):
+                await changed.wait()
+                changed.clear()
+        finally:
+            self.engine.watchers.discard(changed)
 
     async def released(self, within_s: float = RELEASE_TIMEOUT_S) -> None:
         """Nothing is held, in the engine's books and the ranks', within so long."""
@@ -78,6 +97,10 @@ class Worker(Client):
             assert time.monotonic() - start < within_s, held
             await asyncio.sleep(0.01)
         await self.engine.call(lambda engine: engine.check_integrity())
+
+
+async def both_released(prefill: Worker, decode: Worker) -> None:
+    await asyncio.gather(prefill.released(), decode.released())
 
 
 @asynccontextmanager

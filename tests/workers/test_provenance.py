@@ -1,0 +1,164 @@
+"""KV that is not what it claims to be is refused, counted, and never becomes text."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import grpc
+import grpc.aio
+import pytest
+import pytest_asyncio
+
+from fuseline.proto.fuseline.v1 import kv_transfer_pb2
+from fuseline.runtime.errors import (
+    InvalidArgumentError,
+    NotFoundError,
+    ProvenanceError,
+    UnavailableError,
+)
+from fuseline.runtime.handoff import token_prefix_hash
+from fuseline.runtime.request import Request
+from fuseline.runtime.role import WorkerRole
+from fuseline.tests.workers.kv_proxy import kv_proxy, through
+from fuseline.tests.workers.worker_cases import (
+    Worker,
+    both_released,
+    compute_locally,
+    error_of,
+    make_request,
+    open_decode,
+    open_prefill,
+    prompt_of,
+    worker,
+)
+from fuseline.workers.grpc_errors import error_from_rpc
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def prefill() -> AsyncIterator[Worker]:
+    async with worker(WorkerRole.PREFILL, max_num_batched_tokens=64) as started:
+        yield started
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def decode() -> AsyncIterator[Worker]:
+    async with worker(WorkerRole.DECODE, handoff_timeout_s=20) as started:
+        yield started
+
+
+async def failures(*workers: Worker) -> list[int]:
+    return [(await found.snapshot()).num_provenance_failures for found in workers]
+
+
+async def test_prefill_refuses_another_prompt_than_was_reserved_for(prefill: Worker, decode: Worker) -> None:
+    before = await failures(prefill)
+    request = make_request(prompt_of(50, 1))
+    decoding = await open_decode(decode, request)
+    wrong = Request(request.request_id, tuple(prompt_of(50, 2)), request.params)
+    assert isinstance(await error_of(open_prefill(prefill, wrong, decoding.reservation)), ProvenanceError)
+    assert isinstance(await error_of(decoding.events), UnavailableError)
+    assert await failures(prefill) == [before[0] + 1]
+    await both_released(prefill, decode)
+
+
+@pytest.mark.parametrize("lie", ["prompt", "epoch", "fingerprint"])
+async def test_decode_refuses_kv_of_something_else(prefill: Worker, decode: Worker, lie: str) -> None:
+    """A prefill worker that was lied to about the reservation pushes KV of another prompt, attempt or model."""
+    request = make_request(prompt_of(50, 1))
+    decoding = await open_decode(decode, request)
+    reservation, told = decoding.reservation, request
+    if lie == "prompt":
+        told = Request(request.request_id, tuple(prompt_of(50, 2)), request.params)
+        reservation.provenance.prefix_hash = token_prefix_hash(told.prompt_token_ids)
+    elif lie == "epoch":
+        told = Request(request.request_id, request.prompt_token_ids, request.params, epoch=1)
+        reservation.provenance.epoch = 1
+    else:
+        reservation.provenance.model_fingerprint = "f" * 64
+    before = await failures(prefill)
+    error = await error_of(open_prefill(prefill, told, reservation))
+    assert isinstance(error, ProvenanceError), error
+    assert await failures(prefill) == [before[0] + 1]
+    assert isinstance(await error_of(decoding.events), UnavailableError)
+    await both_released(prefill, decode)
+
+
+@pytest.mark.parametrize("tampering", ["corrupt", "swallow"])
+async def test_bytes_that_are_not_what_was_computed_never_become_text(
+    prefill: Worker, decode: Worker, tampering: str
+) -> None:
+    request = make_request(prompt_of(50, 1))
+    decoding = await open_decode(decode, request)
+    before = await failures(prefill, decode)
+    async with kv_proxy(decode) as proxy:
+        proxy.on_push = (lambda m: m[:-1] + bytes([m[-1] ^ 1])) if tampering == "corrupt" else (lambda m: None)
+        error = await error_of(open_prefill(prefill, request, through(proxy, decoding.reservation)))
+    assert isinstance(error, ProvenanceError), error
+    assert isinstance(await error_of(decoding.events), UnavailableError)
+    after = await failures(prefill, decode)
+    # What is missing is found by the commit, at decode; what is corrupt, after some retries, by the sender.
+    assert after == [before[0] + 1, before[1] + (tampering == "swallow")]
+    await both_released(prefill, decode)
+
+
+@pytest.mark.parametrize("change", ["epoch", "prompt", "request", "two tokens", "no token", "short hash"])
+async def test_a_commit_that_does_not_fit_is_refused(prefill: Worker, decode: Worker, change: str) -> None:
+    def spoil(message: kv_transfer_pb2.CommitRequest) -> kv_transfer_pb2.CommitRequest:
+        match change:
+            case "epoch":
+                message.provenance.epoch = 7
+            case "prompt":
+                message.provenance.prefix_hash = b"x" * 32
+            case "request":
+                message.provenance.request_id = "another"
+            case "two tokens":
+                message.first_token.token_ids.append(1)
+            case "no token":
+                del message.first_token.token_ids[:]
+            case "short hash":
+                message.provenance.prefix_hash = b"x"
+        return message
+
+    request = make_request(prompt_of(50, 1))
+    decoding = await open_decode(decode, request)
+    before = await failures(decode)
+    async with kv_proxy(decode) as proxy:
+        proxy.on_commit = spoil
+        error = await error_of(open_prefill(prefill, request, through(proxy, decoding.reservation)))
+    is_provenance = change in ("epoch", "prompt", "request")
+    assert isinstance(error, ProvenanceError if is_provenance else InvalidArgumentError), error
+    assert await failures(decode) == [before[0] + is_provenance]
+    assert isinstance(await error_of(decoding.events), UnavailableError)
+    await both_released(prefill, decode)
+
+
+async def test_a_commit_for_nobody_is_not_found(decode: Worker) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        await decode.transfer.Commit(kv_transfer_pb2.CommitRequest(reservation_id="guessed"))
+    assert isinstance(error_from_rpc(caught.value), NotFoundError)
+    await decode.transfer.Abort(kv_transfer_pb2.AbortRequest(reservation_id="guessed"))
+
+
+async def test_a_late_commit_cannot_start_the_next_attempt(prefill: Worker, decode: Worker) -> None:
+    """The same request is reserved again, with another epoch, before the first attempt's commit comes."""
+    request = make_request(prompt_of(50, 1))
+    decoding = await open_decode(decode, request)
+    async with kv_proxy(decode) as proxy:
+        proxy.may_go_on.clear()
+        prefilling = open_prefill(prefill, request, through(proxy, decoding.reservation))
+        await proxy.arrived.wait()
+        decoding.call.cancel()
+        again = Request(request.request_id, request.prompt_token_ids, request.params, epoch=1)
+        retry = await open_decode(decode, again)
+        proxy.may_go_on.set()
+        assert isinstance(await error_of(prefilling), UnavailableError)
+        assert (await decode.engine.stats()).num_reserved == 1
+        tokens = []
+        async for event in open_prefill(prefill, again, retry.reservation):
+            tokens += event.first_token.token_ids
+        async for event in retry.events:
+            tokens += event.output.token_ids
+    assert tokens == (await compute_locally(decode, make_request(prompt_of(50, 1)))).token_ids
+    await both_released(prefill, decode)
