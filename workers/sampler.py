@@ -6,9 +6,11 @@ not on the batch around it, the number of threads, or the order of a reduction. 
 *Counter-based randomness.* The uniform number of a position is a hash of (seed, position), so whoever holds the same
 tokens continues with the same choice.
 
-*Fixed-point probabilities.* ``exp(logit - max)`` is rounded to an integer number of 2**-44ths. Integer sums are exact
-in any order and on any device, so totals, cumulative sums, top-p masses and log-normalisers cannot depend on how a
-library splits a reduction. A token less likely than 3e-14 of the most likely one is never drawn.
+*Fixed-point probabilities.* ``exp(logit - max)`` is rounded to a multiple of 2**-44 (for a vocabulary of 2**18; of
+2**-50 for one of 4096). Integer sums are exact in any order and on any device, so totals, cumulative sums, top-p
+masses and log-normalisers cannot depend on how a library splits a reduction. A token less likely than half that
+fraction of the most likely one is never drawn. Weight and token id together fit an int64, which makes a sort key
+without ties.
 
 Order of operations, as in vLLM: logprobs are taken from the raw logits; then min_tokens, logit_bias, repetition,
 frequency and presence penalties; then, unless greedy, temperature, min_p, top_k, top_p. Equally likely tokens at the
@@ -32,9 +34,9 @@ from ..runtime.sampling_params import SamplingParams
 NO_TOKEN = -1
 """Stands for the token of a row whose logits are not finite."""
 
-_ONE = 2.0**44  # weight of the most likely token; times 2**18 tokens it still fits int64
+_KEY_BITS = 62  # of a weight and a token id together, or of the sum of all weights
 _CHUNK_ELEMENTS = 1 << 22  # float64 and int64 temporaries stay below some 100 MiB
-_TOP_CANDIDATES = 1024  # top-p looks at so many tokens before it sorts the whole vocabulary
+_TOP_P_CANDIDATES = 256  # top-p sorts so many tokens, then ever more, until they hold its share
 
 
 @dataclass(slots=True)
@@ -123,7 +125,8 @@ class Sampler:
         params, device = row.params, logits.device
         if row.num_tokens - row.num_prompt_tokens < params.min_tokens:
             banned = sorted({*self._eos_token_ids, *params.stop_token_ids})
-            logits[banned] = -torch.inf
+            if len(banned) < logits.shape[0]:  # else there is nothing left to choose
+                logits[banned] = -torch.inf
         if row.bias is not None:
             ids, values = (part.to(device) for part in row.bias)
             logits[ids] += values
@@ -137,6 +140,7 @@ class Sampler:
             ids_np, counts = np.unique(outputs, return_counts=True)
             penalty_np = (counts * params.frequency_penalty + params.presence_penalty).astype(np.float32)
             logits[torch.from_numpy(ids_np).to(device, torch.int64)] -= torch.from_numpy(penalty_np).to(device)
+        logits.clamp_(max=torch.finfo(torch.float32).max)  # a tiny repetition penalty may overflow
 
 
 def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: Sequence[int]) -> list[TokenLogprobs]:
@@ -176,58 +180,78 @@ def _greedy(logits: Tensor) -> Tensor:
     return torch.where(torch.isfinite(best), token_ids, NO_TOKEN)
 
 
-def _weights(logits: Tensor, temperatures: Tensor | None) -> Tensor:
-    """Fixed-point probabilities relative to the most likely token, int64 [n, vocab_size]."""
+def _id_bits(vocab_size: int) -> int:
+    return max(1, (vocab_size - 1).bit_length())
+
+
+def _weights(logits: Tensor, temperatures: Tensor | None) -> tuple[Tensor, float]:
+    """Fixed-point probabilities, int64 [n, vocab_size], and the weight that the most likely token has."""
+    one = 2.0 ** (_KEY_BITS - _id_bits(logits.shape[1]))
     x = logits.double()
     x -= x.amax(dim=-1, keepdim=True)
     if temperatures is not None:
         x /= temperatures
-    return x.exp_().mul_(_ONE).round_().long()
+    return x.exp_().mul_(one).round_().long(), one
 
 
 def _draw(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """Sample rows by inverting the cumulative distribution in vocabulary order."""
+    """Invert each row's cumulative distribution: in vocabulary order, or best first after top-k or top-p."""
     device = logits.device
     params = [row.params for row in rows]
     temperatures = torch.tensor([p.temperature for p in params], dtype=torch.float64, device=device)
-    weights = _weights(logits, temperatures[:, None])
+    weights, one = _weights(logits, temperatures[:, None])
     if any(p.min_p > 0.0 for p in params):
         least = torch.tensor([p.min_p for p in params], dtype=torch.float64, device=device)
-        weights.masked_fill_(weights < (least * _ONE).ceil().long()[:, None], 0)
+        weights.masked_fill_(weights < (least * one).ceil().long()[:, None], 0)
+    uniform = torch.from_numpy(uniforms([row.seed for row in rows], [row.num_tokens for row in rows])).to(device)
     filtered = [i for i, p in enumerate(params) if p.top_k > 0 or p.top_p < 1.0]
-    if filtered:
-        weights[filtered] = _keep_top(weights[filtered], [params[i] for i in filtered], _TOP_CANDIDATES)
+    if not filtered:
+        return _invert(weights, uniform)
+    drawn = torch.empty(len(rows), dtype=torch.int64, device=device)
+    whole = sorted(set(range(len(rows))) - set(filtered))
+    if whole:
+        drawn[whole] = _invert(weights[whole], uniform[whole])
+    best, token_ids = _top(weights[filtered], [params[i] for i in filtered], _TOP_P_CANDIDATES)
+    drawn[filtered] = token_ids.gather(1, _invert(best, uniform[filtered])[:, None])[:, 0]
+    return drawn
+
+
+def _invert(weights: Tensor, uniform: Tensor) -> Tensor:
+    """Per row, the index at which the cumulative weight exceeds the uniform share of the total."""
     cumulative = weights.cumsum(dim=-1)
     total = cumulative[:, -1]
-    uniform = torch.from_numpy(uniforms([row.seed for row in rows], [row.num_tokens for row in rows])).to(device)
     # Rounding may lift the product to the total itself, where no token is.
     target = torch.minimum((uniform * total.double()).long(), total - 1)
     return torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
 
 
-def _keep_top(weights: Tensor, params: Sequence[SamplingParams], num_candidates: int) -> Tensor:
-    """Zero all but each row's top-k and, of those, the fewest that hold top-p of their mass."""
+def _top(weights: Tensor, params: Sequence[SamplingParams], num_candidates: int) -> tuple[Tensor, Tensor]:
+    """The top-k and, of those, the fewest that hold top-p of their mass.
+
+    Returns:
+        weights and token ids, int64 [n, candidates], best first; what is not kept has no weight.
+    """
     vocab_size, device = weights.shape[1], weights.device
     top_k = [p.top_k if 0 < p.top_k < vocab_size else vocab_size for p in params]
-    num_sorted = min(vocab_size, max([num_candidates, *(k for k in top_k if k < vocab_size)]))
-    values = weights.topk(num_sorted, dim=-1).values
-    cumulative = values.cumsum(dim=-1)
+    wanted = max(k if k < vocab_size else num_candidates for k in top_k)
+    num_sorted = min(vocab_size, wanted)
+    id_bits = _id_bits(vocab_size)
+    mask = (1 << id_bits) - 1
+    keys = (weights << id_bits) + torch.arange(mask, mask - vocab_size, -1, device=device)
+    best = keys.topk(num_sorted, dim=-1).values
+    token_ids = mask - (best & mask)
+    best >>= id_bits
+    cumulative = best.cumsum(dim=-1)
     k = torch.tensor(top_k, device=device)
-    mass = torch.where(
-        k <= num_sorted,
-        cumulative.gather(1, (k.clamp(max=num_sorted) - 1)[:, None])[:, 0],
-        weights.sum(dim=-1),
-    )
+    mass_of_k = cumulative.gather(1, (k.clamp(max=num_sorted) - 1)[:, None])[:, 0]
+    mass = torch.where(k <= num_sorted, mass_of_k, weights.sum(dim=-1))
     top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device)
     num_kept = (cumulative < (top_p * mass.double()).ceil().long()[:, None]).sum(dim=-1) + 1
     num_kept = torch.minimum(torch.where(top_p < 1.0, num_kept, k), k)
     if num_sorted < vocab_size and bool((num_kept > num_sorted).any()):
-        return _keep_top(weights, params, vocab_size)
-    edge = values.gather(1, (num_kept - 1)[:, None])
-    above = weights > edge
-    ties = weights == edge
-    ties &= ties.cumsum(dim=-1) <= (num_kept - above.sum(dim=-1))[:, None]
-    return weights.masked_fill_(~(above | ties), 0)
+        return _top(weights, params, num_candidates * 16)
+    best.masked_fill_(torch.arange(num_sorted, device=device) >= num_kept[:, None], 0)
+    return best, token_ids
 
 
 def _sampled_logprobs(logits: Tensor, token_ids: Tensor, rows: Sequence[SamplingRow]) -> dict[int, TokenLogprobs]:
@@ -241,7 +265,8 @@ def _sampled_logprobs(logits: Tensor, token_ids: Tensor, rows: Sequence[Sampling
 
 def _chunk_logprobs(logits: Tensor, token_ids: Tensor, num_top: Sequence[int]) -> list[TokenLogprobs]:
     best = logits.amax(dim=-1).double()
-    log_total = best + (_weights(logits, None).sum(dim=-1).double() / _ONE).log()
+    weights, one = _weights(logits, None)
+    log_total = best + (weights.sum(dim=-1).double() / one).log()
     own = logits.gather(1, token_ids[:, None])
     ranks = (logits > own).sum(dim=-1) + 1
     own_logprobs = own[:, 0].double() - log_total

@@ -1,0 +1,57 @@
+"""KV pools are sized by memory, and a pool that is too small is refused with the numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fuseline.runtime.config import ModelInfo, SchedulerConfig
+from fuseline.runtime.errors import ResourceExhaustedError
+from fuseline.runtime.sharding import ModelShape, ParallelConfig
+from fuseline.workers.memory import (
+    CPU_MAX_BYTES,
+    available_memory_bytes,
+    kv_block_bytes,
+    kv_budget_bytes,
+    max_kv_blocks,
+    step_workspace_bytes,
+)
+
+INFO = ModelInfo("m", "f", ModelShape(6, 8, 2, 64, 512, 1024, 1000), "bfloat16", 1000, (0,))
+SCHEDULER = SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=64)
+
+
+def test_block_bytes_are_those_of_the_rank():
+    whole = 6 * 2 * 2 * 16 * 64 * 2  # layers, K and V, heads, tokens, head_dim, bytes
+    assert kv_block_bytes(INFO, ParallelConfig(), 0, 16) == whole
+    assert kv_block_bytes(INFO, ParallelConfig(2), 1, 16) == whole // 2
+    assert kv_block_bytes(INFO, ParallelConfig(4), 3, 16) == whole // 2  # two KV heads on four ranks
+    assert kv_block_bytes(INFO, ParallelConfig(1, 4), 3, 16) == whole // 6
+
+
+def test_blocks_fill_the_budget_but_not_more_than_can_be_used():
+    block = kv_block_bytes(INFO, ParallelConfig(), 0, 16)
+    assert max_kv_blocks(INFO, SCHEDULER, ParallelConfig(), 0, 16, 100 * block + 5) == 100
+    assert max_kv_blocks(INFO, SCHEDULER, ParallelConfig(), 0, 16, 10**12) == 63 * 4
+    with pytest.raises(
+        ResourceExhaustedError, match=rf"needs {63 * block} bytes on rank 0, and there are {62 * block}"
+    ):
+        max_kv_blocks(INFO, SCHEDULER, ParallelConfig(), 0, 16, 62 * block)
+    with pytest.raises(ResourceExhaustedError, match="there are 0"):
+        max_kv_blocks(INFO, SCHEDULER, ParallelConfig(), 0, 16, -5)
+
+
+def test_the_default_on_a_cpu_is_bounded_and_shared_by_the_ranks():
+    cpu = torch.device("cpu")
+    assert available_memory_bytes() > 0
+    whole = kv_budget_bytes(cpu, INFO, SCHEDULER, ParallelConfig(), 0.9)
+    assert 0 < whole <= CPU_MAX_BYTES
+    assert kv_budget_bytes(cpu, INFO, SCHEDULER, ParallelConfig(4), 0.9) <= CPU_MAX_BYTES // 4
+
+
+def test_workspace_grows_with_the_step():
+    wider = SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=64_000)
+    more = step_workspace_bytes(INFO, wider, ParallelConfig()) - step_workspace_bytes(
+        INFO, SCHEDULER, ParallelConfig()
+    )
+    assert more > 63_000 * 512 * 2
