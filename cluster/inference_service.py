@@ -19,7 +19,7 @@ import grpc.aio
 
 from ..proto.fuseline.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 from ..runtime.config import ModelInfo
-from ..runtime.errors import DeadlineExceededError, FuselineError
+from ..runtime.errors import CancelledError, DeadlineExceededError, FuselineError
 from ..runtime.request import FinishReason
 from ..workers import wire
 from ..workers.grpc_errors import answering
@@ -96,7 +96,10 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
         async def write(response: inference_pb2.GenerateResponse) -> None:
             async with writing:
-                await context.write(response)
+                try:
+                    await context.write(response)
+                except grpc.aio.InternalError:  # so gRPC says that the call is over; the cancellation is on its way
+                    raise CancelledError("the client has gone") from None
 
         go_ahead = asyncio.Event()
         if admitted.num_prompt_tokens < MIN_SHARED_PROMPT_TOKENS or not admitted.prefix_keys:
@@ -109,14 +112,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 await go_ahead.wait()
             try:
                 ended[index] = await self._stream(admitted, index, write, go_ahead)
-            except FuselineError as error:
-                late = isinstance(error, DeadlineExceededError)
-                ended[index] = FinishReason.DEADLINE if late else FinishReason.ERROR
-                raise
-            except asyncio.CancelledError:
-                deadline = admitted.sequences[index].deadline
-                if deadline is not None and self._clock() >= deadline:
-                    ended[index] = FinishReason.DEADLINE
+            except (FuselineError, asyncio.CancelledError) as error:
+                ended[index] = self._end_of(error, admitted.sequences[index].deadline)
                 raise
 
         try:
@@ -127,6 +124,13 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             raise _first(failures) from None
         finally:
             self.finished.update(ended)
+
+    def _end_of(self, error: BaseException, deadline: float | None) -> FinishReason:
+        """How a sequence ended that did not end well. A deadline that passes shows as a cancellation, too."""
+        if isinstance(error, FuselineError) and not isinstance(error, CancelledError | DeadlineExceededError):
+            return FinishReason.ERROR
+        late = deadline is not None and self._clock() >= deadline
+        return FinishReason.DEADLINE if late or isinstance(error, DeadlineExceededError) else FinishReason.ABORT
 
     async def _stream(
         self, admitted: AdmittedRequest, index: int, write: Writer, go_ahead: asyncio.Event

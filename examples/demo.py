@@ -212,7 +212,11 @@ async def stream_requests(address: str, screen: Screen) -> None:
 def print_table(served: list[Served]) -> None:
     """Who served what, and how fast."""
     table = Table(
-        title="Requests, in order of completion", title_justify="left", box=SIMPLE_HEAD, width=min(console.width, 110)
+        title="Requests, in order of completion",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        width=min(console.width, 110),
     )
     for column in ("#", "prompt", "prefill", "decode", "tokens", "TTFT", "TPOT"):
         is_text = column in ("prompt", "prefill", "decode")

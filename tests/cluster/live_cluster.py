@@ -22,7 +22,6 @@ from fuseline.workers.loader import model_info, resolve_model
 from fuseline.workers.server import WorkerServer
 from fuseline.workers.tokenizer import Tokenizer
 
-NUM_BLOCKS = 512
 MODEL_PATH = resolve_model("demo")
 MODEL = model_info(MODEL_PATH)
 TOKENIZER = Tokenizer.load(MODEL_PATH)
@@ -42,7 +41,10 @@ class LiveCluster:
     def is_empty(self) -> bool:
         """Whether no worker holds a block or a sequence, going by what they say."""
         return all(
-            s.num_free_blocks == s.num_total_blocks and not s.num_running and not s.num_waiting and not s.num_leaked_blocks
+            s.num_free_blocks == s.num_total_blocks
+            and not s.num_running
+            and not s.num_waiting
+            and not s.num_leaked_blocks
             for s in self.snapshots().values()
         )
 
@@ -51,8 +53,7 @@ class LiveCluster:
 
 
 def group_config(**fields: Any) -> GroupConfig:
-    defaults: dict[str, Any] = {"num_kv_blocks": NUM_BLOCKS, "num_threads": 1, "device": "cpu", "transfers_kv": True}
-    return GroupConfig("demo", **(defaults | fields))
+    return GroupConfig("demo", num_threads=1, device="cpu", transfers_kv=True, **fields)
 
 
 @asynccontextmanager
@@ -68,21 +69,26 @@ async def worker(worker_id: str, role: WorkerRole, config: GroupConfig) -> Async
 
 @asynccontextmanager
 async def gateway_over(infos: list[ReplicaInfo], **config: Any) -> AsyncIterator[LiveCluster]:
+    """With workers to serve, it waits for them."""
     membership = StaticMembership(infos)
     gateway = Gateway(GatewayConfig(**config), MODEL, TOKENIZER, membership)
     address = f"127.0.0.1:{await gateway.start()}"
     try:
         async with AsyncClient(address) as client:
-            await asyncio.wait_for(gateway.wait_ready(), 10)
+            if infos:
+                await asyncio.wait_for(gateway.wait_ready(), 10)
             yield LiveCluster(gateway, address, client, membership, infos)
     finally:
         await gateway.stop(0)
 
 
 @asynccontextmanager
-async def live_cluster(prefill: int = 1, decode: int = 1, **config: Any) -> AsyncIterator[LiveCluster]:
+async def live_cluster(
+    prefill: int = 1, decode: int = 1, num_kv_blocks: int = 512, **config: Any
+) -> AsyncIterator[LiveCluster]:
     torch.set_num_threads(1)
-    limits = group_config(scheduler=SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=512))
+    scheduler = SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=512)
+    limits = group_config(scheduler=scheduler, num_kv_blocks=num_kv_blocks)
     async with AsyncExitStack() as stack:
         infos = []
         for role, count in ((WorkerRole.PREFILL, prefill), (WorkerRole.DECODE, decode)):
