@@ -205,7 +205,7 @@ class Engine:
         """The executor is unusable: end every request with FinishReason.ERROR, and refuse new ones."""
         self.failure = error
         self._in_flight.clear()
-        self._scheduler.forget_steps()
+        self._store.forget_steps()
         outputs = []
         for seq in list(self._store.sequences.values()):
             output = self.abort(seq.request_id, FinishReason.ERROR, error.code, error.message)

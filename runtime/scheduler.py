@@ -95,11 +95,6 @@ class Scheduler:
         for chunk in step.chunks:
             self._computing -= Counter(chunk.block_hashes)
 
-    def forget_steps(self) -> None:
-        """No step is in flight any more, and none will come back: the ranks are gone."""
-        self._store.forget_steps()
-        self._computing.clear()
-
     # -- decodes -------------------------------------------------------------------------------------------------
 
     def _schedule_decodes(self) -> tuple[NDArray[np.intp], list[Sequence], list[tuple[Sequence, int]]]:

@@ -162,7 +162,6 @@ class SequenceStore:
         """End a sequence in any state; rows and blocks come home, after the steps in flight that it is part of."""
         self._leave_queues(seq)
         if seq.row >= 0 and self.table.in_flight[seq.row]:
-            self.table.ready[seq.row] = False
             self._ending.append(seq)
         else:
             self._come_home(seq)

@@ -121,6 +121,7 @@ class OracleExecutor:
         assert not self.plans or plan.step_id == self.plans[-1].step_id + 1
         assert 0 < len(plan.rows) == len(set(plan.rows.tolist()))
         assert 0 < plan.num_tokens.sum() <= self.config.scheduler.max_num_batched_tokens
+        assert {admitted.row for admitted in plan.admitted} <= set(plan.rows.tolist()), "admitted, but not to run"
         for array in (plan.rows, plan.num_tokens, plan.positions, plan.input_tokens, plan.new_block_ids):
             assert array.dtype == np.int32
         self.plans.append(plan)

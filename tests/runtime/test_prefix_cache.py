@@ -140,6 +140,17 @@ def test_recent_hashes_are_truncated_bounded_cached_ones_most_recent_first() -> 
     assert (cache.num_query_tokens, cache.num_hit_tokens) == (9, 8)
 
 
+def test_a_prefix_that_is_found_again_is_recent_again() -> None:
+    pool, cache = cache_of(8)
+    first, second = sequence((1,) * 4, name="first"), sequence((2,) * 4, name="second")
+    computed(pool, cache, first)
+    computed(pool, cache, second)
+    again = sequence((1,) * 5, name="again")
+    cache.count(again, 4 * len(cache.match(again)))
+    expected = [truncate_hash(seq.block_hashes[0]) for seq in (first, second)]
+    assert list(cache.recent_hashes()) == expected
+
+
 def test_evicted_prefixes_are_not_advertised() -> None:
     pool, cache = cache_of(3)
     seq = sequence(tuple(range(8)))

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from fuseline.runtime.request import FinishReason, Phase
+from fuseline.runtime.sampling_params import SamplingParams
 from fuseline.runtime.sequence import PRIORITY_HEAD_START_S, SequenceState
 from fuseline.tests.runtime.driver import Driver
 from fuseline.tests.runtime.oracle import generate
@@ -167,6 +168,35 @@ def test_an_important_request_preempts_for_blocks_only_if_that_is_enough() -> No
     driver.step()
     assert set(driver.scheduled()) == {"equal", "fits"}
     driver.run()
+
+
+def test_room_to_grow_counts_when_preemption_is_weighed() -> None:
+    driver = Driver(num_blocks=10, max_num_seqs=4)
+    driver.add("equal", 15, max_tokens=20)
+    driver.add("lower", 10, max_tokens=20, priority=1)
+    driver.step()
+    # Without "lower" 6 blocks would be free, one of them kept for "equal": 6 are not enough for 6.
+    driver.add("one too large", 23, max_tokens=2)
+    driver.step()
+    assert driver.engine.stats().num_preemptions == 0
+
+
+def test_a_waiting_request_does_not_preempt_an_equal_one_that_overtook_it() -> None:
+    driver = Driver(num_blocks=8, max_num_seqs=2, prefix_caching=False)
+    driver.add("a", 3, max_tokens=24)
+    driver.add("b", 3, max_tokens=24)
+    driver.step()
+    late = driver.engine.reserve(driver.request("late", 7, max_tokens=3, phase=Phase.DECODE))
+    driver.executor.write(late.block_ids, driver.seq("late").request.prompt_token_ids, 0)
+    while not driver.engine.stats().num_preemptions:
+        driver.step()
+    assert driver.seq("b").state is SequenceState.WAITING
+    driver.engine.commit("late", generate(driver.seq("late").request.prompt_token_ids, SamplingParams(), 48)[0])
+    driver.step()
+    assert set(driver.scheduled()) == {"a", "late"}
+    assert driver.engine.stats().num_preemptions == 1
+    driver.run()
+    assert len(driver.tokens("b")) == 24
 
 
 def test_an_equal_request_preempts_nobody_to_get_in() -> None:
