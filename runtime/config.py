@@ -25,6 +25,8 @@ class ModelInfo:
         dtype: of weights and KV cache, by torch's name without ``torch.``: "bfloat16", "float16" or "float32".
         max_model_len: most tokens, prompt and output together, that a sequence may have.
         eos_token_ids: each ends a sequence unless ``ignore_eos``.
+        kv_depends_on_prompt_len: prompts that begin alike need not have the same KV (dynamic rotary embedding beyond
+            its original length), so prefixes must not be shared.
     """
 
     name: str
@@ -33,6 +35,7 @@ class ModelInfo:
     dtype: str
     max_model_len: int
     eos_token_ids: tuple[int, ...]
+    kv_depends_on_prompt_len: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +89,7 @@ class EngineConfig:
 
     Raises:
         ModelFormatError: the model's shape cannot be cut as ``parallel`` asks.
+        InvalidArgumentError: prefix caching is on for a model whose prefixes cannot be shared.
     """
 
     model: ModelInfo
@@ -96,6 +100,13 @@ class EngineConfig:
     def __post_init__(self) -> None:
         check_shardable(self.model.shape, self.parallel)
         _check_range("max_model_len", self.model.max_model_len, 1, 2**24)
+        if self.model.kv_depends_on_prompt_len and self.cache.enable_prefix_caching:
+            raise InvalidArgumentError(
+                f"beyond max_position_embeddings, as max_model_len={self.model.max_model_len} allows, the KV of"
+                f" {self.model.name} depends on the prompt's length: prefix caching must be off",
+                field="enable_prefix_caching",
+                value=True,
+            )
 
     @property
     def max_blocks_per_seq(self) -> int:

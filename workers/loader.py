@@ -74,13 +74,15 @@ def model_info(path: Path, dtype: str = "auto", max_model_len: int | None = None
         if dtype == "auto":
             dtype = config.dtype or _stored_dtype(checkpoint, config)
     parse_dtype(dtype)
+    max_model_len = config.resolve_max_model_len(max_model_len)
     return ModelInfo(
         name=name or path.resolve().name,
         fingerprint=fingerprint,
         shape=config.shape(),
         dtype=dtype,
-        max_model_len=config.resolve_max_model_len(max_model_len),
+        max_model_len=max_model_len,
         eos_token_ids=config.eos_token_ids,
+        kv_depends_on_prompt_len=config.rope.kind == "dynamic" and max_model_len > config.max_position_embeddings,
     )
 
 

@@ -92,24 +92,28 @@ class AttentionPlan:
     Attributes:
         store_rows: int64[T * K], rows of a layer's keys seen as [num_blocks * K * block_size, D].
         work: by sliding window.
+        workspace: [n, block_size * D], where every gather goes: fresh memory for each would cost more than the copy.
     """
 
     step: StepMetadata
     geometry: KvGeometry
     store_rows: Tensor
     work: dict[int | None, AttentionWork]
+    workspace: Tensor
 
 
 def plan_attention(
     step: StepMetadata, geometry: KvGeometry, windows: Iterable[int | None], dtype: torch.dtype
 ) -> AttentionPlan:
     """See ``ops.plan_attention``."""
-    return AttentionPlan(
-        step,
-        geometry,
-        _store_rows(step.slot_mapping, geometry),
-        {window: _plan_window(step, geometry, window, dtype) for window in set(windows)},
+    work = {window: _plan_window(step, geometry, window, dtype) for window in set(windows)}
+    gathers = [part.pages for each in work.values() for part in each.groups]
+    gathers += [part.pages for each in work.values() for part in each.chunks]
+    largest = max(pages.shape[0] for pages in gathers)
+    workspace = torch.empty(
+        (largest, geometry.block_size * geometry.head_dim), dtype=dtype, device=step.slot_mapping.device
     )
+    return AttentionPlan(step, geometry, _store_rows(step.slot_mapping, geometry), work, workspace)
 
 
 def kv_store(key: Tensor, value: Tensor, kv_layer: Tensor, plan: AttentionPlan) -> None:
@@ -125,13 +129,13 @@ def paged_attention(
     """See ``ops.paged_attention``."""
     work = plan.work[sliding_window]
     if len(work.groups) == 1 and work.groups[0].num_seqs == query.shape[0]:
-        return _decode(query, kv_layer, work.groups[0], plan.geometry, scale)
+        return _decode(query, kv_layer, work.groups[0], plan, scale)
     out = torch.empty_like(query)
     for group in work.groups:
         rows = query.index_select(0, group.tokens)
-        out.index_copy_(0, group.tokens, _decode(rows, kv_layer, group, plan.geometry, scale))
+        out.index_copy_(0, group.tokens, _decode(rows, kv_layer, group, plan, scale))
     for chunk in work.chunks:
-        _prefill(query, out, kv_layer, chunk, plan.geometry, scale, sliding_window)
+        _prefill(query, out, kv_layer, chunk, plan, scale, sliding_window)
     return out
 
 
@@ -239,12 +243,14 @@ def _pages(blocks: Tensor, geometry: KvGeometry) -> Tensor:
     return torch.cat((keys.reshape(-1), keys.reshape(-1) + geometry.num_blocks * geometry.num_kv_heads))
 
 
-def _gather(kv_layer: Tensor, pages: Tensor, geometry: KvGeometry) -> Tensor:
-    return kv_layer.view(-1, geometry.block_size * geometry.head_dim).index_select(0, pages)
+def _gather(kv_layer: Tensor, pages: Tensor, plan: AttentionPlan) -> Tensor:
+    out = plan.workspace[: pages.shape[0]]
+    return torch.index_select(kv_layer.view(-1, out.shape[1]), 0, pages, out=out)
 
 
-def _decode(query: Tensor, kv_layer: Tensor, group: DecodeGroup, geometry: KvGeometry, scale: float) -> Tensor:
-    kv = _gather(kv_layer, group.pages, geometry)
+def _decode(query: Tensor, kv_layer: Tensor, group: DecodeGroup, plan: AttentionPlan, scale: float) -> Tensor:
+    geometry = plan.geometry
+    kv = _gather(kv_layer, group.pages, plan)
     if group.mask is not None:
         kv.view(-1, geometry.head_dim).index_fill_(0, group.padding, 0)
     kv = kv.view(2, group.num_seqs, geometry.num_kv_heads, group.num_gathered, geometry.head_dim)
@@ -259,15 +265,15 @@ def _prefill(
     out: Tensor,
     kv_layer: Tensor,
     chunk: PrefillChunk,
-    geometry: KvGeometry,
+    plan: AttentionPlan,
     scale: float,
     window: int | None,
 ) -> None:
-    num_kv_heads, head_dim = geometry.num_kv_heads, geometry.head_dim
+    num_kv_heads, head_dim = plan.geometry.num_kv_heads, plan.geometry.head_dim
     num_queries = chunk.token_end - chunk.token_start
     num_heads = query.shape[1]
     group = num_heads // num_kv_heads
-    kv = _gather(kv_layer, chunk.pages, geometry).view(2, num_kv_heads, 1, -1, head_dim)
+    kv = _gather(kv_layer, chunk.pages, plan).view(2, num_kv_heads, 1, -1, head_dim)
     # [K, N / K, queries, D] against keys expanded over the N / K query heads that share them, without a copy.
     queries = query[chunk.token_start : chunk.token_end].view(num_queries, num_kv_heads, group, head_dim)
     queries = queries.permute(1, 2, 0, 3)

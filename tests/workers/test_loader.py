@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.utils._paths import filter_repo_objects
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -59,7 +61,7 @@ def read_from_disk(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
     class File:
         def __init__(self, path: Path, framework: str) -> None:
-            self.inner = safe_open(path, framework)
+            self.inner: Any = safe_open(path, framework)
 
         def __enter__(self) -> File:
             return self
@@ -216,8 +218,6 @@ def test_names_of_models(demo_path: Path, tmp_path: Path) -> None:
 
 
 def test_a_repository_is_fetched_without_its_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from huggingface_hub.utils import filter_repo_objects
-
     files = ["config.json", "model-1.safetensors", "tokenizer.model", "modeling_evil.py", "pytorch_model.bin"]
     files += ["original/params.json", "consolidated.safetensors", "tokenizer.json", "model.safetensors.index.json"]
     fetched: list[str] = []
@@ -243,7 +243,7 @@ def test_a_repository_is_fetched_without_its_code(monkeypatch: pytest.MonkeyPatc
     [
         LocalEntryNotFoundError("no network and not in the cache"),
         HFValidationError("not a name"),
-        HTTPError("the connection broke"),
+        loader.HTTPError("the connection broke"),  # type: ignore[attr-defined]
         OSError("disk full"),
     ],
 )

@@ -5,7 +5,8 @@ are those of pretraining. Beyond, transformers takes the length of the forward p
 prompt, then one more with each generated token, earlier keys staying as they were cached. The same is done here, per
 sequence and position: a token at position p of a sequence with a prompt of P tokens uses the frequencies for
 ``max(p + 1, P)`` tokens, whatever the chunks, the batch, or a recomputation after preemption. It does make the keys
-of a long prompt depend on the prompt's length, so prefixes of such prompts cannot be shared.
+of a long prompt depend on the prompt's length, so prefixes of such prompts cannot be shared
+(``ModelInfo.kv_depends_on_prompt_len``).
 """
 
 from __future__ import annotations

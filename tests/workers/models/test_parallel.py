@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -87,7 +88,7 @@ def test_on_layer_names_layers_of_the_whole_model_after_their_kv_is_written(tmp_
     ],
 )
 def test_layouts_that_do_not_fit_are_refused(
-    overrides: dict[str, object], tp: int, pp: int, message: str, tmp_path: Path
+    overrides: dict[str, Any], tp: int, pp: int, message: str, tmp_path: Path
 ) -> None:
     write_checkpoint(tmp_path, build_model("llama", **overrides))
     with pytest.raises(ModelFormatError, match=message), run_group(tmp_path, tp=tp, pp=pp):
