@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from transformers import PreTrainedModel
 
 from fuseline.runtime.sampling_params import SamplingParams
 from fuseline.tests.checkpoints import build_model, write_checkpoint
 from fuseline.workers.llm import LLM, RequestOutput
 
 DEMO = Path(__file__).parents[2] / "workers" / "models" / "demo"
-SMALL_LLM = {"device": "cpu", "block_size": 4, "max_model_len": 128, "max_num_seqs": 8}
+SMALL_LLM: dict[str, Any] = {"device": "cpu", "block_size": 4, "max_model_len": 128, "max_num_seqs": 8}
 
 
-def write_tiny(path, **overrides):
+def write_tiny(path: Path, **overrides: object) -> PreTrainedModel:
     """A random llama that the demo's tokenizer fits loosely: it can decode the ids."""
-    model = build_model("llama", 3, **overrides)
+    model: PreTrainedModel = build_model("llama", 3, **overrides)
     write_checkpoint(path, model)
     shutil.copy(DEMO / "tokenizer.json", path / "tokenizer.json")
     return model
@@ -29,7 +31,7 @@ def mixed_requests() -> tuple[list[list[int]], list[SamplingParams]]:
     shared = rng.integers(3, 101, 24).tolist()
     prompts = [shared[: 4 + 5 * i] + rng.integers(3, 101, 1 + 7 * (i % 3)).tolist() for i in range(4)]
     prompts += [shared + rng.integers(3, 101, 3).tolist() for _ in range(3)] + [shared]
-    base = {"max_tokens": 30, "ignore_eos": True}
+    base: dict[str, Any] = {"max_tokens": 30, "ignore_eos": True}
     params = [
         SamplingParams(temperature=0.0, **base),
         SamplingParams(temperature=1.0, seed=5, **base),
@@ -57,7 +59,7 @@ def logprobs_of(outputs: list[RequestOutput]) -> list[list[float]]:
     ]
 
 
-def run_mixed(path: Path, **options: object) -> list[RequestOutput]:
+def run_mixed(path: Path, **options: Any) -> list[RequestOutput]:
     """The mixed requests on a fresh LLM in float32."""
     with LLM(str(path), **{**SMALL_LLM, **options}) as llm:
         outputs = llm.generate(*mixed_requests())

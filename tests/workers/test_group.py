@@ -10,6 +10,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -25,24 +28,24 @@ from fuseline.runtime.sampling_params import SamplingParams
 from fuseline.runtime.sharding import ParallelConfig
 from fuseline.tests.workers.llm_cases import SMALL_LLM, logprobs_of, run_mixed, tokens_of, write_tiny
 from fuseline.workers.group import GroupConfig, ModelGroup
-from fuseline.workers.launcher import LocalLauncher
-from fuseline.workers.llm import LLM
+from fuseline.workers.launcher import LocalLauncher, RankProcess
+from fuseline.workers.llm import LLM, RequestOutput
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tiny")
     write_tiny(path)
     return path
 
 
 @pytest.fixture(scope="module")
-def single(tiny):
+def single(tiny: Path) -> list[RequestOutput]:
     return run_mixed(tiny)
 
 
-def group_config(path, tp=1, pp=1, **options):
-    defaults = {
+def group_config(path: Path, tp: int = 1, pp: int = 1, **options: Any) -> GroupConfig:
+    defaults: dict[str, Any] = {
         "device": "cpu",
         "max_model_len": 128,
         "block_size": 4,
@@ -52,19 +55,19 @@ def group_config(path, tp=1, pp=1, **options):
     return GroupConfig(model=str(path), parallel=ParallelConfig(tp, pp), **{**defaults, **options})
 
 
-def rank_processes():
+def rank_processes() -> list[psutil.Process]:
     return [p for p in psutil.Process().children(recursive=True) if "fuseline.workers.rank" in " ".join(p.cmdline())]
 
 
 @pytest.fixture(autouse=True)
-def _no_process_stays():
+def _no_process_stays() -> Iterator[None]:
     yield
     _, alive = psutil.wait_procs(rank_processes(), timeout=5)
     assert alive == []
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(2, 1), (4, 1), (1, 2), (2, 2)])
-def test_ranks_choose_the_tokens_of_one(tiny, single, tp, pp):
+def test_ranks_choose_the_tokens_of_one(tiny: Path, single: list[RequestOutput], tp: int, pp: int) -> None:
     """With 4 tensor ranks the 2 KV heads are replicated; with 2 stages their 3 layers are split unevenly."""
     outputs = run_mixed(
         tiny, tensor_parallel_size=tp, pipeline_parallel_size=pp, num_kv_blocks=40, max_num_batched_tokens=24
@@ -74,14 +77,14 @@ def test_ranks_choose_the_tokens_of_one(tiny, single, tp, pp):
         assert mine == pytest.approx(other, abs=1e-4)
 
 
-def test_a_killed_rank_ends_everything_promptly(tiny):
+def test_a_killed_rank_ends_everything_promptly(tiny: Path) -> None:
     with LLM(str(tiny), **SMALL_LLM, tensor_parallel_size=2) as llm:
         (process,) = rank_processes()
         assert process.pid in llm.group.executor.pids
         llm.generate([[5, 6, 7]], SamplingParams(max_tokens=2))
         killed_at: list[float] = []
 
-        def kill():
+        def kill() -> None:
             killed_at.append(time.monotonic())
             process.kill()
 
@@ -96,7 +99,7 @@ def test_a_killed_rank_ends_everything_promptly(tiny):
         assert llm.group.engine.stats().num_leaked_blocks == 0
 
 
-def test_a_rank_that_hangs_is_given_up(tiny):
+def test_a_rank_that_hangs_is_given_up(tiny: Path) -> None:
     group = ModelGroup.start(group_config(tiny, tp=2, step_timeout_s=1.0))
     (process,) = rank_processes()
     try:
@@ -109,7 +112,7 @@ def test_a_rank_that_hangs_is_given_up(tiny):
         group.close()
 
 
-def test_ranks_end_with_the_process_of_their_group(tiny):
+def test_ranks_end_with_the_process_of_their_group(tiny: Path) -> None:
     code = (
         "import sys, fuseline\n"
         f"llm = fuseline.LLM({str(tiny)!r}, device='cpu', tensor_parallel_size=2)\n"
@@ -120,19 +123,20 @@ def test_ranks_end_with_the_process_of_their_group(tiny):
         [sys.executable, "-P", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     )
     with owner:
+        assert owner.stdout is not None
         rank = psutil.Process(int(owner.stdout.readline()))
         owner.kill()
     rank.wait(2)
 
 
-def test_a_forgotten_llm_is_closed(tiny):
+def test_a_forgotten_llm_is_closed(tiny: Path) -> None:
     llm = LLM(str(tiny), **SMALL_LLM, tensor_parallel_size=2)
     (process,) = rank_processes()
     del llm
     process.wait(5)
 
 
-def test_start_failures_are_typed_and_leave_nothing(tiny, tmp_path):
+def test_start_failures_are_typed_and_leave_nothing(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(UnavailableError, match="cannot listen"):
         ModelGroup.start(group_config(tiny, tp=2), LocalLauncher("192.0.2.1"))
     broken = shutil.copytree(tiny, tmp_path / "broken")
@@ -149,17 +153,17 @@ def test_start_failures_are_typed_and_leave_nothing(tiny, tmp_path):
 class OtherModelLauncher(LocalLauncher):
     """Starts ranks that see another model than the first rank: as on a host whose copy is out of date."""
 
-    def __init__(self, swap):
+    def __init__(self, swap: Callable[[], object]) -> None:
         super().__init__()
         self._swap = swap
 
-    def launch(self, rank, address, token, device_type):
+    def launch(self, rank: int, address: str, token: bytes, device_type: str) -> RankProcess:
         process = super().launch(rank, address, token, device_type)
         self._swap()
         return process
 
 
-def test_a_rank_reports_what_is_wrong_on_its_side(tiny, tmp_path):
+def test_a_rank_reports_what_is_wrong_on_its_side(tiny: Path, tmp_path: Path) -> None:
     path = shutil.copytree(tiny, tmp_path / "model")
     config = json.loads((path / "config.json").read_text())
     changed = json.dumps({**config, "rms_norm_eps": 0.5})
@@ -170,20 +174,21 @@ def test_a_rank_reports_what_is_wrong_on_its_side(tiny, tmp_path):
 
 
 class DyingLauncher(LocalLauncher):
-    def launch(self, rank, address, token, device_type):
+    def launch(self, rank: int, address: str, token: bytes, device_type: str) -> RankProcess:
         process = super().launch(rank, address, token, device_type)
+        assert process.pid is not None
         os.kill(process.pid, signal.SIGKILL)
         return process
 
 
-def test_a_rank_that_dies_before_it_calls_in(tiny):
+def test_a_rank_that_dies_before_it_calls_in(tiny: Path) -> None:
     start = time.monotonic()
     with pytest.raises(UnavailableError, match="rank 1 ended with exit code -9"):
         ModelGroup.start(group_config(tiny, tp=2), DyingLauncher())
     assert time.monotonic() - start < 5.0
 
 
-def test_calls_about_kv_are_refused_by_a_group_without_transfers(tiny):
+def test_calls_about_kv_are_refused_by_a_group_without_transfers(tiny: Path) -> None:
     group = ModelGroup.start(group_config(tiny))
     try:
         with pytest.raises(InternalError, match="not started to transfer"):

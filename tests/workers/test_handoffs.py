@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +14,7 @@ from fuseline.collectives.kv_transfer import KvReceiver, KvSender
 from fuseline.runtime.config import SchedulerConfig
 from fuseline.runtime.errors import AlreadyExistsError, NotFoundError, ProvenanceError, UnavailableError
 from fuseline.runtime.handoff import KvReservation, Provenance, RankEndpoint, token_prefix_hash
-from fuseline.runtime.plan import AdmittedSequence, StepPlan
+from fuseline.runtime.plan import AdmittedSequence, Int32Array, StepPlan
 from fuseline.runtime.request import Phase, Request
 from fuseline.runtime.sampling_params import SamplingParams
 from fuseline.runtime.sharding import ModelShape, ParallelConfig, kv_range
@@ -22,9 +26,10 @@ from fuseline.workers.kv_server import KvServer
 TIMEOUT_S = 20.0
 SHAPE = ModelShape(2, 2, 2, 4, 8, 8, 16)
 BLOCK_SIZE = 4
+Transfer = tuple[torch.Tensor, torch.Tensor, KvSender, RankHandoffs, KvReservation]
 
 
-def start_group(path, tp=1, block_size=4):
+def start_group(path: Path, tp: int = 1, block_size: int = 4) -> ModelGroup:
     return ModelGroup.start(
         GroupConfig(
             model=str(path),
@@ -39,8 +44,8 @@ def start_group(path, tp=1, block_size=4):
     )
 
 
-def run(group, request_id, outputs=()):
-    tokens = [token for output in outputs for token in output.token_ids]
+def run(group: ModelGroup, request_id: str) -> list[int]:
+    tokens: list[int] = []
     while group.engine.has_unfinished:
         for output in group.engine.step():
             if output.request_id == request_id:
@@ -48,9 +53,10 @@ def run(group, request_id, outputs=()):
     return tokens
 
 
-def test_a_sequence_continues_on_another_group_of_another_layout(tmp_path):
+def test_a_sequence_continues_on_another_group_of_another_layout(tmp_path: Path) -> None:
     write_tiny(tmp_path)
     prefill, decode = start_group(tmp_path), start_group(tmp_path, tp=2, block_size=8)
+    assert decode.kv_receiver is not None
     server = KvServer(decode.kv_receiver, "127.0.0.1")
     try:
         params = SamplingParams(max_tokens=12, ignore_eos=True)
@@ -99,13 +105,13 @@ def test_a_sequence_continues_on_another_group_of_another_layout(tmp_path):
 # --- one rank's book-keeping, over a real sender and receiver -----------------------------------------------------
 
 
-def new_cache(blocks, fill=0.0):
+def new_cache(blocks: int, fill: float = 0.0) -> torch.Tensor:
     held = kv_range(SHAPE, ParallelConfig(), 0)
     return torch.full((held.num_layers, 2, blocks, held.num_heads, BLOCK_SIZE, SHAPE.head_dim), fill)
 
 
 @pytest.fixture
-def transfer():
+def transfer() -> Iterator[Transfer]:
     """Handoffs from a cache of 8 blocks into one of 4, reserved for 7 tokens in blocks 3 and 1."""
     source, target = new_cache(8), new_cache(4)
     receiver = KvReceiver(target, kv_range(SHAPE, ParallelConfig(), 0))
@@ -120,8 +126,14 @@ def transfer():
     server.close()
 
 
-def make_plan(step_id, rows=(), positions=(), num_tokens=(), **changes):
-    def int32(values):
+def make_plan(
+    step_id: int,
+    rows: Sequence[int] = (),
+    positions: Sequence[int] = (),
+    num_tokens: Sequence[int] = (),
+    **changes: Any,
+) -> StepPlan:
+    def int32(values: Sequence[int]) -> Int32Array:
         return np.asarray(values, np.int32)
 
     return StepPlan(
@@ -130,11 +142,11 @@ def make_plan(step_id, rows=(), positions=(), num_tokens=(), **changes):
     )  # fmt: skip
 
 
-def admit(block_ids, row=0, num_computed=0, handoff_id="r"):
+def admit(block_ids: tuple[int, ...], row: int = 0, num_computed: int = 0, handoff_id: str = "r") -> AdmittedSequence:
     return AdmittedSequence(row, "r", tuple(range(7)), 7, block_ids, num_computed, SamplingParams(), 0, handoff_id)
 
 
-def test_each_step_pushes_what_it_computes_and_first_what_was_cached(transfer):
+def test_each_step_pushes_what_it_computes_and_first_what_was_cached(transfer: Transfer) -> None:
     _, _, _, handoffs, reservation = transfer
     handoffs.start("r", reservation)
     with pytest.raises(AlreadyExistsError):
@@ -146,7 +158,7 @@ def test_each_step_pushes_what_it_computes_and_first_what_was_cached(transfer):
     assert handoffs.observe(make_plan(2, released=(0, 1))) == ()
 
 
-def test_a_preempted_prefill_is_sent_anew_from_its_new_blocks(transfer):
+def test_a_preempted_prefill_is_sent_anew_from_its_new_blocks(transfer: Transfer) -> None:
     source, target, sender, handoffs, reservation = transfer
     handoffs.start("r", reservation)
     source[:, :, [4, 5]] = 1.0
@@ -167,7 +179,7 @@ def test_a_preempted_prefill_is_sent_anew_from_its_new_blocks(transfer):
     assert (target[:, :, [0, 2]] == 0.0).all()
 
 
-def test_a_handoff_that_cannot_begin_fails_when_it_is_finished(transfer):
+def test_a_handoff_that_cannot_begin_fails_when_it_is_finished(transfer: Transfer) -> None:
     _, _, sender, handoffs, reservation = transfer
     sender.close()
     handoffs.start("r", reservation)
@@ -180,7 +192,7 @@ def test_a_handoff_that_cannot_begin_fails_when_it_is_finished(transfer):
         handoffs.finish("r")
 
 
-def test_a_cancelled_handoff_is_not_begun_again(transfer):
+def test_a_cancelled_handoff_is_not_begun_again(transfer: Transfer) -> None:
     _, _, sender, handoffs, reservation = transfer
     handoffs.start("r", reservation)
     handoffs.observe(make_plan(0, [0], [0], [3], admitted=(admit((4, 5)),)))

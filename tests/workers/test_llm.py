@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from fuseline.runtime.errors import (
     InvalidArgumentError,
@@ -28,30 +32,31 @@ from fuseline.tests.workers.llm_cases import (
     tokens_of,
     write_tiny,
 )
-from fuseline.workers.llm import LLM
+from fuseline.workers.llm import LLM, RequestOutput
 
+Tiny = tuple[Path, PreTrainedModel]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=16)
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     path = tmp_path_factory.mktemp("tiny")
     return path, write_tiny(path)
 
 
 @pytest.fixture(scope="module")
-def baseline(tiny):
+def baseline(tiny: Tiny) -> list[RequestOutput]:
     """Outputs of the mixed requests when everything fits and runs together."""
     return run_mixed(tiny[0])
 
 
 @pytest.fixture(scope="module")
-def demo():
+def demo() -> Iterator[LLM]:
     with LLM("demo", device="cpu", dtype="float32", max_model_len=512, max_num_seqs=8) as llm:
         yield llm
 
 
-def test_greedy_generation_is_that_of_transformers(tiny):
+def test_greedy_generation_is_that_of_transformers(tiny: Tiny) -> None:
     path, model = tiny
     prompts = mixed_requests()[0]
     with LLM(str(path), **SMALL_LLM) as llm:
@@ -63,7 +68,7 @@ def test_greedy_generation_is_that_of_transformers(tiny):
         assert output.outputs[0].finish_reason is FinishReason.LENGTH
 
 
-SCHEDULES = {
+SCHEDULES: dict[str, dict[str, Any]] = {
     "one at a time": {"max_num_seqs": 1},
     "tiny chunks": {"max_num_seqs": 3, "max_num_batched_tokens": 5},
     "no prefix cache": {"enable_prefix_caching": False, "max_num_batched_tokens": 32},
@@ -73,7 +78,7 @@ SCHEDULES = {
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_no_schedule_changes_a_token(tiny, baseline, name):
+def test_no_schedule_changes_a_token(tiny: Tiny, baseline: list[RequestOutput], name: str) -> None:
     options = {**SMALL_LLM, **SCHEDULES[name]}
     prompts, params = mixed_requests()
     with LLM(str(tiny[0]), **options) as llm:
@@ -91,19 +96,21 @@ def test_no_schedule_changes_a_token(tiny, baseline, name):
     assert (stats.num_prefix_cache_hit_tokens > 0) == (name != "no prefix cache")
 
 
-def test_a_sequence_does_not_know_its_neighbours(tiny, baseline):
+def test_a_sequence_does_not_know_its_neighbours(tiny: Tiny, baseline: list[RequestOutput]) -> None:
     prompts, params = mixed_requests()
     with LLM(str(tiny[0]), **SMALL_LLM) as llm:
         alone = [llm.generate([prompt], one)[0] for prompt, one in zip(prompts, params, strict=True)]
     assert tokens_of(alone) == tokens_of(baseline)
 
 
-def test_logprobs_are_those_of_transformers(tiny, baseline):
+def test_logprobs_are_those_of_transformers(tiny: Tiny, baseline: list[RequestOutput]) -> None:
     _, model = tiny
     output = baseline[6]  # greedy, logprobs=1, prompt_logprobs=2
     completion = output.outputs[0]
     sequence = [*output.prompt_token_ids, *completion.token_ids]
     expected = torch.log_softmax(reference_logits(model, sequence).double(), -1)
+    assert output.prompt_logprobs is not None
+    assert completion.logprobs is not None
     entries = [*output.prompt_logprobs, *completion.logprobs]
     assert len(entries) == len(sequence) - 1
     for position, entry in enumerate(entries):
@@ -115,7 +122,7 @@ def test_logprobs_are_those_of_transformers(tiny, baseline):
         assert [token for token, _ in entry.top] == row.topk(count).indices.tolist()
 
 
-def test_samples_differ_by_seed_and_repeat_with_it(demo):
+def test_samples_differ_by_seed_and_repeat_with_it(demo: LLM) -> None:
     params = SamplingParams(n=4, seed=11, max_tokens=12, ignore_eos=True)
     first, second = demo.generate(["import"] * 2, params)
     assert tokens_of([first]) == tokens_of([second])
@@ -128,7 +135,7 @@ def test_samples_differ_by_seed_and_repeat_with_it(demo):
     assert len({child_seed(11, index) for index in range(128)}) == 128
 
 
-def test_text_is_the_decoded_tokens(demo):
+def test_text_is_the_decoded_tokens(demo: LLM) -> None:
     prompt = "def add(a, b):\n    return"
     output = demo.generate(prompt, SamplingParams(max_tokens=40, seed=1, ignore_eos=True))[0]
     assert output.prompt == prompt
@@ -138,7 +145,7 @@ def test_text_is_the_decoded_tokens(demo):
     assert by_ids.prompt is None
 
 
-def test_stop_strings_end_a_sequence_and_free_it(demo):
+def test_stop_strings_end_a_sequence_and_free_it(demo: LLM) -> None:
     text = demo.generate("import os\n", replace(GREEDY, max_tokens=40))[0].outputs[0].text
     stop = text[9:14]
     for include in (False, True):
@@ -153,7 +160,7 @@ def test_stop_strings_end_a_sequence_and_free_it(demo):
     assert stats.num_running == stats.num_waiting == stats.num_leaked_blocks == 0
 
 
-def test_stop_tokens_and_min_tokens(demo):
+def test_stop_tokens_and_min_tokens(demo: LLM) -> None:
     token_ids = demo.generate("import os\n", replace(GREEDY, max_tokens=12))[0].outputs[0].token_ids
     stop = token_ids[3]
     params = replace(GREEDY, max_tokens=12, stop_token_ids=(stop,))
@@ -166,7 +173,7 @@ def test_stop_tokens_and_min_tokens(demo):
     assert stop not in longer.token_ids
 
 
-def test_max_tokens_is_cut_to_the_context(tiny):
+def test_max_tokens_is_cut_to_the_context(tiny: Tiny) -> None:
     with LLM(str(tiny[0]), **{**SMALL_LLM, "max_model_len": 20}) as llm:
         output = llm.generate([[5] * 15], SamplingParams(max_tokens=100, ignore_eos=True))[0]
         assert len(output.outputs[0].token_ids) == 5
@@ -175,7 +182,7 @@ def test_max_tokens_is_cut_to_the_context(tiny):
             llm.generate([[5] * 20])
 
 
-def test_many_prompts_go_through_a_short_queue(tiny):
+def test_many_prompts_go_through_a_short_queue(tiny: Tiny) -> None:
     options = {**SMALL_LLM, "max_num_seqs": 2}
     with LLM(str(tiny[0]), **options) as llm:
         engine = llm.group.engine
@@ -200,31 +207,31 @@ def test_many_prompts_go_through_a_short_queue(tiny):
     ],
     ids=repr,
 )
-def test_bad_requests_are_refused_and_leave_nothing(demo, arguments):
+def test_bad_requests_are_refused_and_leave_nothing(demo: LLM, arguments: tuple[Any, ...]) -> None:
     with pytest.raises(InvalidArgumentError):
         demo.generate(*arguments)
     assert not demo.group.engine.has_unfinished
     demo.group.engine.check_integrity()
 
 
-def test_a_bad_prompt_among_good_ones_ends_all(demo):
+def test_a_bad_prompt_among_good_ones_ends_all(demo: LLM) -> None:
     with pytest.raises(InvalidArgumentError):
-        demo.generate(["good", [4096]], GREEDY)
+        demo.generate([[5], [4096]], GREEDY)
     assert not demo.group.engine.has_unfinished
     assert demo.generate("good", GREEDY)[0].outputs[0].token_ids
 
 
-def test_no_prompts_no_outputs(demo):
+def test_no_prompts_no_outputs(demo: LLM) -> None:
     assert demo.generate([]) == []
 
 
-def test_one_call_at_a_time(demo):
+def test_one_call_at_a_time(demo: LLM) -> None:
     with demo._lock, pytest.raises(InvalidArgumentError, match="one call at a time"):
         demo.generate("x")
     assert demo.generate("x", GREEDY)
 
 
-def test_two_models_in_one_process_and_use_after_close(tiny, demo):
+def test_two_models_in_one_process_and_use_after_close(tiny: Tiny, demo: LLM) -> None:
     with LLM(str(tiny[0]), **SMALL_LLM) as llm:
         both = llm.generate([[5, 6]], GREEDY), demo.generate("a", GREEDY)
         assert all(output[0].outputs[0].token_ids for output in both)
@@ -233,7 +240,7 @@ def test_two_models_in_one_process_and_use_after_close(tiny, demo):
         llm.generate([[5, 6]])
 
 
-def test_models_that_cannot_be_run(tmp_path, tiny):
+def test_models_that_cannot_be_run(tmp_path: Path, tiny: Tiny) -> None:
     with pytest.raises(NotFoundError):
         LLM(str(tmp_path / "nowhere"), device="cpu")
     with pytest.raises(ModelFormatError, match="tensor_parallel_size"):
@@ -248,13 +255,15 @@ def test_models_that_cannot_be_run(tmp_path, tiny):
         LLM(str(tmp_path), device="cpu")
 
 
-def test_the_progress_bar_counts_sequences(demo, monkeypatch, capsys):
+def test_the_progress_bar_counts_sequences(
+    demo: LLM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     demo.generate(["a", "b"], replace(GREEDY, n=2, seed=1, temperature=1.0), progress=True)
     assert "4/4" in capsys.readouterr().err
     demo.generate("a", GREEDY)
     assert capsys.readouterr().err == ""
 
 
-def test_importing_the_package_imports_no_torch():
+def test_importing_the_package_imports_no_torch() -> None:
     code = "import sys, fuseline; fuseline.SamplingParams; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-P", "-c", code], cwd=DEMO).returncode == 0

@@ -21,7 +21,7 @@ INFO = ModelInfo("m", "f", ModelShape(6, 8, 2, 64, 512, 1024, 1000), "bfloat16",
 SCHEDULER = SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=64)
 
 
-def test_block_bytes_are_those_of_the_rank():
+def test_block_bytes_are_those_of_the_rank() -> None:
     whole = 6 * 2 * 2 * 16 * 64 * 2  # layers, K and V, heads, tokens, head_dim, bytes
     assert kv_block_bytes(INFO, ParallelConfig(), 0, 16) == whole
     assert kv_block_bytes(INFO, ParallelConfig(2), 1, 16) == whole // 2
@@ -29,7 +29,7 @@ def test_block_bytes_are_those_of_the_rank():
     assert kv_block_bytes(INFO, ParallelConfig(1, 4), 3, 16) == whole // 6
 
 
-def test_blocks_fill_the_budget_but_not_more_than_can_be_used():
+def test_blocks_fill_the_budget_but_not_more_than_can_be_used() -> None:
     block = kv_block_bytes(INFO, ParallelConfig(), 0, 16)
     assert max_kv_blocks(INFO, SCHEDULER, ParallelConfig(), 0, 16, 100 * block + 5) == 100
     assert max_kv_blocks(INFO, SCHEDULER, ParallelConfig(), 0, 16, 10**12) == 63 * 4
@@ -41,7 +41,7 @@ def test_blocks_fill_the_budget_but_not_more_than_can_be_used():
         max_kv_blocks(INFO, SCHEDULER, ParallelConfig(), 0, 16, -5)
 
 
-def test_the_default_on_a_cpu_is_bounded_and_shared_by_the_ranks():
+def test_the_default_on_a_cpu_is_bounded_and_shared_by_the_ranks() -> None:
     cpu = torch.device("cpu")
     assert available_memory_bytes() > 0
     whole = kv_budget_bytes(cpu, INFO, SCHEDULER, ParallelConfig(), 0.9)
@@ -49,7 +49,7 @@ def test_the_default_on_a_cpu_is_bounded_and_shared_by_the_ranks():
     assert kv_budget_bytes(cpu, INFO, SCHEDULER, ParallelConfig(4), 0.9) <= CPU_MAX_BYTES // 4
 
 
-def test_workspace_grows_with_the_step():
+def test_workspace_grows_with_the_step() -> None:
     wider = SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=64_000)
     more = step_workspace_bytes(INFO, wider, ParallelConfig()) - step_workspace_bytes(
         INFO, SCHEDULER, ParallelConfig()

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from fuseline.collectives.communicator import GroupCommunicators, SoloCommunicator
 from fuseline.runtime.config import CacheConfig, EngineConfig, SchedulerConfig
 from fuseline.runtime.errors import InternalError
-from fuseline.runtime.plan import AdmittedSequence, StepPlan
+from fuseline.runtime.plan import AdmittedSequence, Int32Array, StepPlan, StepResult
 from fuseline.runtime.sampling_params import SamplingParams
 from fuseline.runtime.sharding import ParallelConfig
 from fuseline.tests.checkpoints import reference_greedy, reference_logits
@@ -19,18 +24,19 @@ from fuseline.workers.model_runner import ModelRunner
 from fuseline.workers.models.registry import load_model_config
 from fuseline.workers.sampler import NO_TOKEN
 
+Tiny = tuple[Path, PreTrainedModel]
 PROMPT = tuple(range(10, 21))
 GREEDY = SamplingParams(temperature=0.0)
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     path = tmp_path_factory.mktemp("tiny")
     return path, write_tiny(path)
 
 
 @pytest.fixture
-def runner(tiny):
+def runner(tiny: Tiny) -> ModelRunner:
     path = tiny[0]
     info = model_info(path, "float32", 64)
     config = EngineConfig(info, CacheConfig(32, 4), SchedulerConfig(max_num_seqs=3, max_num_batched_tokens=16))
@@ -42,15 +48,27 @@ def runner(tiny):
     return ModelRunner(model, model.new_kv_cache(32, 4), config, solo, is_first_of_stage=True)
 
 
-def int32(*values):
+def execute(runner: ModelRunner, step: StepPlan) -> StepResult:
+    result = runner.execute(step)
+    assert result is not None
+    return result
+
+
+def int32(*values: int) -> Int32Array:
     return np.array(values, np.int32)
 
 
-def admit(row, tokens=PROMPT, blocks=(7, 3, 9), params=GREEDY, num_prompt=None):
+def admit(
+    row: int,
+    tokens: Sequence[int] = PROMPT,
+    blocks: tuple[int, ...] = (7, 3, 9),
+    params: SamplingParams = GREEDY,
+    num_prompt: int | None = None,
+) -> AdmittedSequence:
     return AdmittedSequence(row, f"r{row}", tuple(tokens), num_prompt or len(tokens), blocks, 0, params, 0)
 
 
-def plan(step_id, work, **changes):
+def plan(step_id: int, work: Sequence[tuple[int, int, int, int, bool]], **changes: Any) -> StepPlan:
     """``work``: (row, position, number of tokens, input token, whether to sample)."""
     rows, positions, lengths, inputs, samples = zip(*work, strict=True)
     return StepPlan(
@@ -58,29 +76,29 @@ def plan(step_id, work, **changes):
     )
 
 
-def test_chunks_decodes_and_growing_tables_give_what_transformers_gives(runner, tiny):
+def test_chunks_decodes_and_growing_tables_give_what_transformers_gives(runner: ModelRunner, tiny: Tiny) -> None:
     expected = reference_greedy(tiny[1], list(PROMPT), 3)
-    assert len(runner.execute(plan(0, [(1, 0, 5, -1, False)], admitted=(admit(1),))).token_ids) == 0
+    assert len(execute(runner, plan(0, [(1, 0, 5, -1, False)], admitted=(admit(1),))).token_ids) == 0
     other = admit(0, PROMPT[:3], (20,))
-    result = runner.execute(plan(1, [(1, 5, 6, -1, True), (0, 0, 3, -1, True)], admitted=(other,)))
+    result = execute(runner, plan(1, [(1, 5, 6, -1, True), (0, 0, 3, -1, True)], admitted=(other,)))
     assert result.token_ids.tolist() == [expected[0], reference_greedy(tiny[1], list(PROMPT[:3]), 1)[0]]
-    assert runner.execute(plan(2, [(1, 11, 1, expected[0], True)])).token_ids.tolist() == [expected[1]]
+    assert execute(runner, plan(2, [(1, 11, 1, expected[0], True)])).token_ids.tolist() == [expected[1]]
     grown = {"new_block_rows": int32(1), "new_block_ids": int32(30)}
-    assert runner.execute(plan(3, [(1, 12, 1, expected[1], True)], **grown)).token_ids.tolist() == [expected[2]]
+    assert execute(runner, plan(3, [(1, 12, 1, expected[1], True)], **grown)).token_ids.tolist() == [expected[2]]
 
 
-def test_a_row_may_be_released_and_admitted_in_one_plan(runner, tiny):
-    runner.execute(plan(0, [(0, 0, 11, -1, True)], admitted=(admit(0),)))
+def test_a_row_may_be_released_and_admitted_in_one_plan(runner: ModelRunner, tiny: Tiny) -> None:
+    execute(runner, plan(0, [(0, 0, 11, -1, True)], admitted=(admit(0),)))
     tokens = (*PROMPT[::-1], 5)
     again = admit(0, tokens, (1, 2, 4), num_prompt=11)
-    result = runner.execute(plan(1, [(0, 0, 12, -1, True)], released=(0,), admitted=(again,)))
+    result = execute(runner, plan(1, [(0, 0, 12, -1, True)], released=(0,), admitted=(again,)))
     assert result.token_ids.tolist() == reference_greedy(tiny[1], list(tokens), 1)
 
 
-def test_prompt_logprobs_come_with_their_chunks(runner, tiny):
+def test_prompt_logprobs_come_with_their_chunks(runner: ModelRunner, tiny: Tiny) -> None:
     params = SamplingParams(temperature=0.0, prompt_logprobs=1, logprobs=0)
-    first = runner.execute(plan(0, [(2, 0, 4, -1, False)], admitted=(admit(2, params=params),)))
-    second = runner.execute(plan(1, [(2, 4, 7, -1, True)]))
+    first = execute(runner, plan(0, [(2, 0, 4, -1, False)], admitted=(admit(2, params=params),)))
+    second = execute(runner, plan(1, [(2, 4, 7, -1, True)]))
     entries = [*first.prompt_logprobs[2], *second.prompt_logprobs[2]]
     expected = torch.log_softmax(reference_logits(tiny[1], list(PROMPT)), -1)
     assert [entry.token_id for entry in entries] == list(PROMPT[1:])
@@ -99,14 +117,16 @@ def test_prompt_logprobs_come_with_their_chunks(runner, tiny):
         (plan(1, [(0, 11, 2, 5, True)]), "beyond"),
     ],
 )
-def test_a_plan_that_contradicts_the_mirror_is_a_bug(runner, contradiction, message):
-    runner.execute(plan(0, [(0, 0, 11, -1, True)], admitted=(admit(0),)))
+def test_a_plan_that_contradicts_the_mirror_is_a_bug(
+    runner: ModelRunner, contradiction: StepPlan, message: str
+) -> None:
+    execute(runner, plan(0, [(0, 0, 11, -1, True)], admitted=(admit(0),)))
     with pytest.raises(InternalError, match=message):
-        runner.execute(contradiction)
+        execute(runner, contradiction)
 
 
-def test_a_model_that_computes_nonsense_yields_no_token(runner):
+def test_a_model_that_computes_nonsense_yields_no_token(runner: ModelRunner) -> None:
     runner._kv_cache[:, 1, 7] = torch.nan  # what a broken handoff or overflow leaves behind
-    runner.execute(plan(0, [(0, 0, 3, -1, False)], admitted=(admit(0, PROMPT[:3], (8,)),)))
+    execute(runner, plan(0, [(0, 0, 3, -1, False)], admitted=(admit(0, PROMPT[:3], (8,)),)))
     runner._kv_cache[:, 1, 8, :, 0] = torch.nan
-    assert runner.execute(plan(1, [(0, 3, 1, 5, True)])).token_ids.tolist() == [NO_TOKEN]
+    assert execute(runner, plan(1, [(0, 3, 1, 5, True)])).token_ids.tolist() == [NO_TOKEN]

@@ -25,10 +25,10 @@ from fuseline.tests.workers.worker_cases import (
     both_released,
     compute_locally,
     error_of,
+    fresh_prompt,
     make_request,
     open_decode,
     open_prefill,
-    prompt_of,
     worker,
 )
 from fuseline.workers.grpc_errors import error_from_rpc
@@ -54,9 +54,9 @@ async def failures(*workers: Worker) -> list[int]:
 
 async def test_prefill_refuses_another_prompt_than_was_reserved_for(prefill: Worker, decode: Worker) -> None:
     before = await failures(prefill)
-    request = make_request(prompt_of(50, 1))
+    request = make_request(fresh_prompt(50))
     decoding = await open_decode(decode, request)
-    wrong = Request(request.request_id, tuple(prompt_of(50, 2)), request.params)
+    wrong = Request(request.request_id, tuple(fresh_prompt(50)), request.params)
     assert isinstance(await error_of(open_prefill(prefill, wrong, decoding.reservation)), ProvenanceError)
     assert isinstance(await error_of(decoding.events), UnavailableError)
     assert await failures(prefill) == [before[0] + 1]
@@ -66,11 +66,11 @@ async def test_prefill_refuses_another_prompt_than_was_reserved_for(prefill: Wor
 @pytest.mark.parametrize("lie", ["prompt", "epoch", "fingerprint"])
 async def test_decode_refuses_kv_of_something_else(prefill: Worker, decode: Worker, lie: str) -> None:
     """A prefill worker that was lied to about the reservation pushes KV of another prompt, attempt or model."""
-    request = make_request(prompt_of(50, 1))
+    request = make_request(fresh_prompt(50))
     decoding = await open_decode(decode, request)
     reservation, told = decoding.reservation, request
     if lie == "prompt":
-        told = Request(request.request_id, tuple(prompt_of(50, 2)), request.params)
+        told = Request(request.request_id, tuple(fresh_prompt(50)), request.params)
         reservation.provenance.prefix_hash = token_prefix_hash(told.prompt_token_ids)
     elif lie == "epoch":
         told = Request(request.request_id, request.prompt_token_ids, request.params, epoch=1)
@@ -89,7 +89,7 @@ async def test_decode_refuses_kv_of_something_else(prefill: Worker, decode: Work
 async def test_bytes_that_are_not_what_was_computed_never_become_text(
     prefill: Worker, decode: Worker, tampering: str
 ) -> None:
-    request = make_request(prompt_of(50, 1))
+    request = make_request(fresh_prompt(50))
     decoding = await open_decode(decode, request)
     before = await failures(prefill, decode)
     async with kv_proxy(decode) as proxy:
@@ -121,7 +121,7 @@ async def test_a_commit_that_does_not_fit_is_refused(prefill: Worker, decode: Wo
                 message.provenance.prefix_hash = b"x"
         return message
 
-    request = make_request(prompt_of(50, 1))
+    request = make_request(fresh_prompt(50))
     decoding = await open_decode(decode, request)
     before = await failures(decode)
     async with kv_proxy(decode) as proxy:
@@ -143,7 +143,7 @@ async def test_a_commit_for_nobody_is_not_found(decode: Worker) -> None:
 
 async def test_a_late_commit_cannot_start_the_next_attempt(prefill: Worker, decode: Worker) -> None:
     """The same request is reserved again, with another epoch, before the first attempt's commit comes."""
-    request = make_request(prompt_of(50, 1))
+    request = make_request(fresh_prompt(50))
     decoding = await open_decode(decode, request)
     async with kv_proxy(decode) as proxy:
         proxy.may_go_on.clear()
@@ -160,5 +160,5 @@ async def test_a_late_commit_cannot_start_the_next_attempt(prefill: Worker, deco
             tokens += event.first_token.token_ids
         async for event in retry.events:
             tokens += event.output.token_ids
-    assert tokens == (await compute_locally(decode, make_request(prompt_of(50, 1)))).token_ids
+    assert tokens == (await compute_locally(decode, make_request(list(request.prompt_token_ids)))).token_ids
     await both_released(prefill, decode)

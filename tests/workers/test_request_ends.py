@@ -29,18 +29,16 @@ from fuseline.tests.workers.worker_cases import (
     compute_locally,
     disaggregate,
     error_of,
+    fresh_prompt,
     make_request,
     open_decode,
     open_prefill,
-    prompt_of,
     worker,
 )
 from fuseline.workers import wire
 from fuseline.workers.grpc_errors import error_from_rpc
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-
-LONG_PROMPT = prompt_of(1500, 1)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -57,7 +55,7 @@ async def decode() -> AsyncIterator[Worker]:
 
 async def test_cancel_before_the_reservation(decode: Worker) -> None:
     for _ in range(20):
-        message = worker_pb2.DecodeRequest(sequence=wire.request_to_wire(make_request(prompt_of(100))))
+        message = worker_pb2.DecodeRequest(sequence=wire.request_to_wire(make_request(fresh_prompt(100))))
         call = decode.decode.Decode(message)
         await asyncio.sleep(0)
         call.cancel()
@@ -65,14 +63,14 @@ async def test_cancel_before_the_reservation(decode: Worker) -> None:
 
 
 async def test_cancel_while_waiting_for_kv(decode: Worker) -> None:
-    decoding = await open_decode(decode, make_request(LONG_PROMPT))
+    decoding = await open_decode(decode, make_request(fresh_prompt(1500)))
     assert (await decode.engine.stats()).num_reserved == 1
     decoding.call.cancel()
     await decode.released()
 
 
 async def test_cancel_in_the_middle_of_the_prompt(prefill: Worker, decode: Worker) -> None:
-    request = make_request(LONG_PROMPT)
+    request = make_request(fresh_prompt(1500))
     decoding = await open_decode(decode, request)
     async with kv_proxy(decode) as proxy:
         prefilling = open_prefill(prefill, request, through(proxy, decoding.reservation))
@@ -83,7 +81,7 @@ async def test_cancel_in_the_middle_of_the_prompt(prefill: Worker, decode: Worke
 
 
 async def test_cancel_while_the_transfer_hangs(prefill: Worker, decode: Worker) -> None:
-    request = make_request(prompt_of(300))
+    request = make_request(fresh_prompt(300))
     decoding = await open_decode(decode, request)
     async with kv_proxy(decode) as proxy:
         proxy.may_go_on.clear()
@@ -99,7 +97,7 @@ async def test_cancel_while_the_transfer_hangs(prefill: Worker, decode: Worker) 
 
 
 async def test_cancel_while_decoding(prefill: Worker, decode: Worker) -> None:
-    request = make_request(prompt_of(50), max_tokens=1500)
+    request = make_request(fresh_prompt(50), max_tokens=1500)
     decoding = await open_decode(decode, request)
     async for _ in open_prefill(prefill, request, decoding.reservation):
         pass
@@ -111,7 +109,7 @@ async def test_cancel_while_decoding(prefill: Worker, decode: Worker) -> None:
 
 async def test_cancel_of_a_local_prefill(decode: Worker) -> None:
     call = decode.decode.Decode(
-        worker_pb2.DecodeRequest(sequence=wire.request_to_wire(make_request(LONG_PROMPT)), local_prefill=True)
+        worker_pb2.DecodeRequest(sequence=wire.request_to_wire(make_request(fresh_prompt(1500))), local_prefill=True)
     )
     await decode.until(lambda stats: stats.num_running > 0)
     call.cancel()
@@ -119,7 +117,7 @@ async def test_cancel_of_a_local_prefill(decode: Worker) -> None:
 
 
 async def test_decode_cancelled_alone_ends_the_prefill(prefill: Worker, decode: Worker) -> None:
-    request = make_request(LONG_PROMPT)
+    request = make_request(fresh_prompt(1500))
     decoding = await open_decode(decode, request)
     prefilling = open_prefill(prefill, request, decoding.reservation)
     decoding.call.cancel()
@@ -131,7 +129,7 @@ async def test_an_abort_storm_leaves_nothing(prefill: Worker, decode: Worker) ->
     """Requests are cancelled at random moments, on random legs, while others go on."""
 
     async def one(index: int) -> int:
-        request = make_request(prompt_of(30 + 7 * index, index), max_tokens=12)
+        request = make_request(fresh_prompt(30 + 7 * index), max_tokens=12)
         if index % 3 == 0:
             return len((await disaggregate(prefill, decode, request)).token_ids)
         decoding = await open_decode(decode, request)
@@ -146,7 +144,7 @@ async def test_an_abort_storm_leaves_nothing(prefill: Worker, decode: Worker) ->
 
 
 async def test_a_deadline_frees_a_reservation(decode: Worker) -> None:
-    decoding = await open_decode(decode, make_request(LONG_PROMPT), timeout=0.3)
+    decoding = await open_decode(decode, make_request(fresh_prompt(1500)), timeout=0.3)
     start = time.monotonic()
     assert isinstance(await error_of(decoding.events), DeadlineExceededError)
     assert time.monotonic() - start < 1
@@ -154,18 +152,18 @@ async def test_a_deadline_frees_a_reservation(decode: Worker) -> None:
 
 
 async def test_a_deadline_ends_prefill_and_decode(prefill: Worker, decode: Worker) -> None:
-    error = await error_of(open_prefill(prefill, make_request(LONG_PROMPT), None, timeout=0.05))
+    error = await error_of(open_prefill(prefill, make_request(fresh_prompt(1500)), None, timeout=0.05))
     assert isinstance(error, DeadlineExceededError)
     with pytest.raises(grpc.RpcError) as caught:
-        await compute_locally(decode, make_request(prompt_of(50), max_tokens=1900), timeout=0.2)
+        await compute_locally(decode, make_request(fresh_prompt(50), max_tokens=1900), timeout=0.2)
     assert isinstance(error_from_rpc(caught.value), DeadlineExceededError)
     await both_released(prefill, decode)
 
 
 async def test_a_reservation_without_room_is_refused(decode: Worker) -> None:
-    held = [await open_decode(decode, make_request(prompt_of(1000, seed))) for seed in range(4)]
+    held = [await open_decode(decode, make_request(fresh_prompt(1000))) for _ in range(4)]
     with pytest.raises(grpc.RpcError) as caught:
-        await open_decode(decode, make_request(prompt_of(1000, 9)))
+        await open_decode(decode, make_request(fresh_prompt(1000)))
     assert isinstance(error_from_rpc(caught.value), ResourceExhaustedError)
     for decoding in held:
         decoding.call.cancel()
@@ -173,7 +171,7 @@ async def test_a_reservation_without_room_is_refused(decode: Worker) -> None:
 
 
 async def test_one_name_is_one_request(decode: Worker) -> None:
-    request = make_request(prompt_of(50))
+    request = make_request(fresh_prompt(50))
     decoding = await open_decode(decode, request)
     with pytest.raises(grpc.RpcError) as caught:
         await open_decode(decode, request)
@@ -184,7 +182,7 @@ async def test_one_name_is_one_request(decode: Worker) -> None:
 
 async def test_a_handoff_that_never_comes_expires() -> None:
     async with worker(WorkerRole.DECODE, handoff_timeout_s=0.3) as decode:
-        decoding = await open_decode(decode, make_request(prompt_of(50)))
+        decoding = await open_decode(decode, make_request(fresh_prompt(50)))
         error = await error_of(decoding.events)
         assert isinstance(error, UnavailableError)  # another try may do better; the caller's deadline has not passed
         await decode.released()
@@ -192,7 +190,7 @@ async def test_a_handoff_that_never_comes_expires() -> None:
 
 async def test_a_rank_lost_while_idle_ends_requests_and_health() -> None:
     async with worker(WorkerRole.DECODE, 2) as wounded:
-        waiting = await open_decode(wounded, make_request(prompt_of(50)))
+        waiting = await open_decode(wounded, make_request(fresh_prompt(50)))
         watch = wounded.worker.Watch(worker_pb2.WatchRequest())
         os.kill(wounded.server.pids[1], signal.SIGKILL)
         start = time.monotonic()

@@ -1,12 +1,14 @@
 """The sampler against a straightforward float64 implementation, and its independence of the batch."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from fuseline.runtime.sampling_params import SamplingParams
 from fuseline.workers.sampler import NO_TOKEN, Sampler, SamplingRow, token_logprobs, uniforms
@@ -16,21 +18,23 @@ EOS = 3
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
+def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def make_row(params, seed=7, history=(1, 2, 2, 5), num_prompt=2):
+def make_row(
+    params: SamplingParams, seed: int = 7, history: Sequence[int] = (1, 2, 2, 5), num_prompt: int = 2
+) -> SamplingRow:
     tokens = np.zeros(64, np.int32)
     tokens[: len(history)] = history
     return SamplingRow(params, seed, tokens, len(history), num_prompt)
 
 
-def make_logits(n, seed=0, vocab=VOCAB, scale=3.0):
+def make_logits(n: int, seed: int = 0, vocab: int = VOCAB, scale: float = 3.0) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(seed).normal(size=(n, vocab)) * scale).float()
 
 
-def reference_distribution(logits, row):
+def reference_distribution(logits: torch.Tensor, row: SamplingRow) -> NDArray[np.float64]:
     """Probabilities as the documentation describes them, one token at a time in float64."""
     p, x = row.params, np.asarray(logits, np.float64).copy()
     history = row.tokens[: row.num_tokens].tolist()
@@ -44,7 +48,9 @@ def reference_distribution(logits, row):
         if i in outputs:
             x[i] -= p.frequency_penalty * outputs.count(i) + p.presence_penalty
     if p.greedy:
-        return np.eye(len(x))[int(np.argmax(x))]
+        certain = np.zeros(len(x))
+        certain[int(np.argmax(x))] = 1.0
+        return certain
     probs = np.exp((x - x.max()) / p.temperature)
     probs /= probs.sum()
     probs[probs < p.min_p * probs.max()] = 0.0
@@ -57,7 +63,8 @@ def reference_distribution(logits, row):
             break
     result = np.zeros(len(x))
     result[kept] = probs[kept]
-    return result / result.sum()
+    result /= result.sum()
+    return result
 
 
 OPTIONS = [
@@ -78,7 +85,7 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("params", OPTIONS, ids=str)
-def test_follows_the_reference_distribution(params):
+def test_follows_the_reference_distribution(params: SamplingParams) -> None:
     sampler = Sampler([EOS])
     for case in range(20):
         logits = make_logits(1, seed=case)
@@ -98,9 +105,9 @@ def test_follows_the_reference_distribution(params):
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_a_row_does_not_know_its_batch(data):
-    rows = data.draw(st.lists(st.sampled_from(OPTIONS), min_size=2, max_size=12))
-    rows = [make_row(params, seed=i, history=range(i + 2)) for i, params in enumerate(rows)]
+def test_a_row_does_not_know_its_batch(data: st.DataObject) -> None:
+    options = data.draw(st.lists(st.sampled_from(OPTIONS), min_size=2, max_size=12))
+    rows = [make_row(params, seed=i, history=range(i + 2)) for i, params in enumerate(options)]
     logits = make_logits(len(rows), seed=data.draw(st.integers(0, 1000)), vocab=2503)
     sampler = Sampler([EOS])
     together = sampler.sample(logits, rows).token_ids.tolist()
@@ -111,7 +118,7 @@ def test_a_row_does_not_know_its_batch(data):
     assert alone == together
 
 
-def test_logprobs_do_not_know_their_batch_and_match_torch():
+def test_logprobs_do_not_know_their_batch_and_match_torch() -> None:
     rows = [make_row(SamplingParams(temperature=1.0, logprobs=k, repetition_penalty=1.4), seed=k) for k in range(6)]
     logits = make_logits(6, vocab=5003)
     sampled = Sampler([EOS]).sample(logits, rows)
@@ -122,12 +129,12 @@ def test_logprobs_do_not_know_their_batch_and_match_torch():
         assert got == alone
         assert got.logprob == pytest.approx(expected[i, got.token_id].item(), abs=1e-7)
         assert got.rank == 1 + int((logits[i] > logits[i, got.token_id]).sum())
-        top = expected[i].topk(row.params.logprobs)
+        top = expected[i].topk(row.params.logprobs or 0)
         assert [token for token, _ in got.top] == top.indices.tolist()
         assert [value for _, value in got.top] == pytest.approx(top.values.tolist(), abs=1e-7)
 
 
-def test_equal_logits_are_ranked_by_token_id():
+def test_equal_logits_are_ranked_by_token_id() -> None:
     logits = torch.zeros(1, VOCAB)
     logits[0, 50:] = -0.0
     (entry,) = token_logprobs(logits, torch.tensor([60]), [4])
@@ -138,7 +145,7 @@ def test_equal_logits_are_ranked_by_token_id():
         assert Sampler([]).sample(logits, [row]).token_ids.item() < 3
 
 
-def test_top_p_beyond_the_candidates_sorts_everything():
+def test_top_p_beyond_the_candidates_sorts_everything() -> None:
     logits = make_logits(1, vocab=6000, scale=0.01)
     row = make_row(SamplingParams(top_p=0.5))
     kept = set(torch.topk(logits[0], 3100).indices.tolist())
@@ -147,7 +154,7 @@ def test_top_p_beyond_the_candidates_sorts_everything():
     assert len(drawn) > 150
 
 
-def test_frequencies_follow_the_distribution():
+def test_frequencies_follow_the_distribution() -> None:
     """Chi-square over 20000 seeds and 97 cells: a fair sampler exceeds 160 once in 20000 tries; seeds are fixed."""
     logits, n = make_logits(1, seed=5, scale=1.0), 20000
     expected = torch.softmax(logits[0].double(), -1).numpy() * n
@@ -156,12 +163,12 @@ def test_frequencies_follow_the_distribution():
     assert (((np.bincount(ids, minlength=VOCAB) - expected) ** 2) / expected).sum() < 160
 
 
-def test_positions_draw_independently():
+def test_positions_draw_independently() -> None:
     rows = [make_row(SamplingParams(), history=range(i)) for i in range(1, 64)]
     assert len(set(Sampler([]).sample(torch.zeros(63, 50021), rows).token_ids.tolist())) > 55
 
 
-def test_uniforms_are_uniform_over_positions_and_uncorrelated_between_seeds():
+def test_uniforms_are_uniform_over_positions_and_uncorrelated_between_seeds() -> None:
     a, b = uniforms([1] * 50000, range(50000)), uniforms([2] * 50000, range(50000))
     for u in (a, b):
         assert ((u >= 0) & (u < 1)).all()
@@ -170,7 +177,7 @@ def test_uniforms_are_uniform_over_positions_and_uncorrelated_between_seeds():
     assert abs(np.corrcoef(a[1:], a[:-1])[0, 1]) < 0.02
 
 
-def test_rows_without_finite_logits_get_no_token():
+def test_rows_without_finite_logits_get_no_token() -> None:
     logits = make_logits(4)
     logits[1] = torch.nan
     logits[2] = -torch.inf
@@ -182,7 +189,7 @@ def test_rows_without_finite_logits_get_no_token():
         assert set(sampled.logprobs) == ({0, 3} if params.logprobs else set())
 
 
-def test_no_options_leave_a_row_without_a_token():
+def test_no_options_leave_a_row_without_a_token() -> None:
     logits = make_logits(1)
     for params in (
         SamplingParams(repetition_penalty=1e-45, temperature=0.0),

@@ -22,6 +22,7 @@ from fuseline.tests.workers.worker_cases import (
     compute_locally,
     disaggregate,
     error_of,
+    fresh_prompt,
     make_request,
     open_decode,
     open_prefill,
@@ -29,7 +30,6 @@ from fuseline.tests.workers.worker_cases import (
     worker,
 )
 
-LONG_PROMPT = prompt_of(1500, 1)
 SERVER = [sys.executable, "-P", "-m", "fuseline.workers.server"]
 OPTIONS = ["--dtype", "float32", "--device", "cpu", "--num-threads", "1", "--num-kv-blocks", "256"]
 OPTIONS += ["--max-num-batched-tokens", "64"]
@@ -86,7 +86,7 @@ async def worker_process(role: str, command: tuple[str, ...] = ()) -> AsyncItera
 
 async def transferring(prefill: Client, decode: Client) -> tuple[Any, Decoding]:
     """Both streams of a request, whose prompt is being computed and pushed."""
-    request = make_request(LONG_PROMPT)
+    request = make_request(fresh_prompt(1500))
     decoding = await open_decode(decode, request)
     prefilling = open_prefill(prefill, request, decoding.reservation)
     await until(prefill, lambda snapshot: 0 < snapshot.num_queued_tokens < 1300)

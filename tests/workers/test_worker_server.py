@@ -24,9 +24,9 @@ from fuseline.runtime.role import WorkerRole
 from fuseline.tests.workers.worker_cases import (
     Worker,
     compute_locally,
+    fresh_prompt,
     make_request,
     open_decode,
-    prompt_of,
     worker,
 )
 from fuseline.workers.grpc_errors import DETAILS_KEY, error_from_rpc
@@ -106,7 +106,7 @@ async def test_a_watch_tells_changes_at_once_and_otherwise_each_second(decode: W
     await anext(snapshots)  # nothing has changed
     assert 0.8 < time.monotonic() - start < 2
     start = time.monotonic()
-    decoding = await open_decode(decode, make_request(prompt_of(100)))
+    decoding = await open_decode(decode, make_request(fresh_prompt(100)))
     changed = await anext(snapshots)
     assert changed.num_free_blocks < 256
     assert time.monotonic() - start < 0.5
@@ -134,7 +134,7 @@ async def test_a_port_in_use_is_told(decode: Worker) -> None:
 
 async def test_draining_lets_requests_finish_and_admits_no_more() -> None:
     async with worker(WorkerRole.DECODE) as draining:
-        running = asyncio.create_task(compute_locally(draining, make_request(prompt_of(50), max_tokens=300)))
+        running = asyncio.create_task(compute_locally(draining, make_request(fresh_prompt(50), max_tokens=300)))
         await draining.until(lambda stats: stats.num_running > 0)
         slow = await draining.worker.Drain(worker_pb2.DrainWorkerRequest(), timeout=0.3)
         assert slow.num_left == 1

@@ -145,6 +145,11 @@ def make_request(prompt_token_ids: list[int], *, seed: int = 0, epoch: int = 0, 
     return Request(f"request-{next(_names)}", tuple(prompt_token_ids), sampling, seed=seed, epoch=epoch)
 
 
+def fresh_prompt(num_tokens: int) -> list[int]:
+    """Token ids that no prefix cache has seen."""
+    return prompt_of(num_tokens, 10_000 + next(_names))
+
+
 def prompt_of(num_tokens: int, seed: int = 0) -> list[int]:
     """Random token ids."""
     return [int(token) for token in np.random.default_rng(seed).integers(1, VOCAB_SIZE, num_tokens)]
