@@ -16,7 +16,7 @@ Only numbers live here; the bytes belong to the ranks. All operations cost O(1) 
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from .errors import InternalError, ResourceExhaustedError
 
@@ -116,6 +116,14 @@ class BlockPool:
         """How many of these blocks are free: sharing them makes ``num_free`` smaller."""
         references = self._references
         return sum(1 for block in block_ids if references[block] == 0)
+
+    def num_freed_by(self, block_tables: Iterable[Sequence[int]], *, except_for: Collection[int]) -> int:
+        """By how much ``num_free`` would grow if these tables were freed and the blocks of ``except_for`` kept."""
+        dropped = Counter(block for table in block_tables for block in table)
+        for block in except_for:
+            dropped.pop(block, None)
+        references = self._references
+        return sum(1 for block, count in dropped.items() if references[block] == count)
 
     def _evict(self) -> int:
         block, _ = self._cached_free.popitem(last=False)

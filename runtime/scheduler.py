@@ -57,11 +57,14 @@ class Scheduler:
     def reserve(self, seq: Sequence) -> None:
         """Give a new RESERVED sequence blocks for its prompt and one token.
 
-        Leaves a block for each running sequence, and what the first waiting one needs.
+        Leaves a block for each running sequence, and what the first waiting one needs. Gives out nothing while the
+        ranks have not been told of a preempted handoff: they might still send from blocks that this one's KV goes to.
 
         Raises:
             ResourceExhaustedError: too few blocks are free; nothing is changed.
         """
+        if self._store.has_untold_handoffs:
+            raise ResourceExhaustedError("KV blocks are just being taken back from a handoff")
         store, pool = self._store, self._store.pool
         found = store.cache.match(seq)
         kept = len(store.running) + (store.num_blocks_for(store.waiting[0]) if store.waiting else 0)
@@ -210,14 +213,15 @@ class Scheduler:
             return True
         store = self._store
         victims = []
-        num_freed = 0
         for victim in reversed(store.running):
             if victim.key < seq.key or victim.request.priority <= seq.request.priority:
                 break
             victims.append(victim)
-            num_freed += len(victim.block_ids)
+        if not victims:
+            return False
+        num_freed = store.pool.num_freed_by((victim.block_ids for victim in victims), except_for=found)
         num_left = len(store.running) - len(victims)
-        if not victims or self._num_needed(seq, found) + num_left > store.pool.num_free + num_freed:
+        if self._num_needed(seq, found) + num_left > store.pool.num_free + num_freed:
             return False
         for victim in victims:
             if not store.table.in_flight[victim.row]:

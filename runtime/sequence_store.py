@@ -55,6 +55,7 @@ class SequenceStore:
         self._ending: list[Sequence] = []  # ended, but with a step in flight
         self._released_rows: list[int] = []
         self._admitted: list[AdmittedSequence] = []
+        self._untold_handoffs: set[Sequence] = set()
         self._order_is_stale = False
         self._order_rows: NDArray[np.intp] = np.empty(0, np.intp)
         self._order_seqs: list[Sequence] = []
@@ -68,6 +69,11 @@ class SequenceStore:
     def has_ending(self) -> bool:
         """Whether sequences have ended that are part of a step not collected yet."""
         return bool(self._ending)
+
+    @property
+    def has_untold_handoffs(self) -> bool:
+        """Whether a live Phase.PREFILL sequence was preempted since ``take_changes``."""
+        return bool(self._untold_handoffs)
 
     def decoding(self) -> tuple[NDArray[np.intp], list[Sequence]]:
         """Rows and sequences that are DECODING, by key. Shared until the set changes: not to be written to."""
@@ -153,6 +159,8 @@ class SequenceStore:
         seq.state = SequenceState.WAITING
         insort(self.waiting, seq, key=_key)
         self.num_preemptions += 1
+        if seq.request.phase is Phase.PREFILL:
+            self._untold_handoffs.add(seq)
 
     def expire(self, seq: Sequence) -> None:
         """A RESERVED or HELD sequence ends; its blocks stay until ``release``."""
@@ -166,6 +174,7 @@ class SequenceStore:
         else:
             self._come_home(seq)
         seq.state = SequenceState.FINISHED
+        self._untold_handoffs.discard(seq)
         del self.sequences[seq.request_id]
 
     # -- steps ---------------------------------------------------------------------------------------------------
@@ -174,6 +183,7 @@ class SequenceStore:
         """Rows released and sequences admitted since the last call, for the ranks."""
         changes = tuple(self._released_rows), tuple(self._admitted)
         self._released_rows, self._admitted = [], []
+        self._untold_handoffs.clear()
         return changes
 
     def submitted(self, rows: NDArray[np.intp]) -> None:

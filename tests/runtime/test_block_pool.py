@@ -108,6 +108,17 @@ def test_the_first_holder_of_a_content_stays_the_cached_one() -> None:
     pool.check_integrity([])
 
 
+def test_what_freeing_several_tables_would_give() -> None:
+    pool = BlockPool(8)
+    shared, first, second, stays = pool.allocate(1), pool.allocate(2), pool.allocate(1), pool.allocate(1)
+    tables = [shared + first, shared + second, stays]
+    pool.share(shared)
+    pool.share(stays)
+    assert pool.num_freed_by(tables[:1], except_for=[]) == 2
+    assert pool.num_freed_by(tables[:2], except_for=[]) == 4
+    assert pool.num_freed_by(tables, except_for=[*first[:1], 7]) == 3
+
+
 @pytest.mark.parametrize("use", [lambda pool: pool.share([1]), lambda pool: pool.register(1, b"x")])
 def test_a_blank_block_can_be_neither_shared_nor_registered(use: Callable[[BlockPool], None]) -> None:
     with pytest.raises(InternalError, match="block 1"):

@@ -162,6 +162,20 @@ def test_reserving_leaves_room_for_those_that_run_and_wait() -> None:
     driver.engine.check_integrity()
 
 
+def test_nothing_is_reserved_between_the_preemption_of_a_handoff_and_the_plan_that_tells_the_ranks() -> None:
+    driver = Driver()
+    driver.add("a", 20, phase=Phase.PREFILL, max_tokens=4)
+    driver.step()
+    driver.engine._store.preempt(driver.seq("a"))
+    with pytest.raises(ResourceExhaustedError, match="taken back from a handoff"):
+        driver.engine.reserve(decode_request(driver, "b"))
+    driver.step()
+    driver.engine.reserve(decode_request(driver, "b"))
+    driver.engine._store.preempt(driver.seq("a"))
+    driver.engine.abort("a")
+    driver.engine.reserve(decode_request(driver, "c"))
+
+
 def test_endless_reservations_do_not_starve_a_waiting_request() -> None:
     driver = Driver(num_blocks=8, max_num_seqs=2)
     for i in range(2):

@@ -209,16 +209,43 @@ def test_an_equal_request_preempts_nobody_to_get_in() -> None:
 
 
 def test_a_chunk_is_dropped_from_the_step_when_its_sequence_is_preempted_for_it() -> None:
-    driver = Driver(num_blocks=12, max_num_seqs=2, max_num_batched_tokens=6)
+    driver = Driver(num_blocks=12, max_num_seqs=3, max_num_batched_tokens=16)
     driver.add("a", 3, max_tokens=30, priority=-1)
     driver.add("chunked", 20, max_tokens=4, priority=1)
     driver.step()
-    driver.add("important", 8, max_tokens=2)
+    assert driver.scheduled() == {"a": 3, "chunked": 13}
+    driver.add("important", 12, max_tokens=2)
     driver.step()
-    assert driver.scheduled() == {"a": 1, "important": 5}
+    assert driver.scheduled() == {"a": 1, "important": 12}
     assert driver.seq("chunked").state is SequenceState.WAITING
     driver.run()
     assert len(driver.tokens("chunked")) == 4
+
+
+def test_a_block_for_a_row_that_is_then_preempted_is_not_announced() -> None:
+    driver = Driver(max_num_seqs=1)
+    driver.add("a", 3, max_tokens=9, priority=1)
+    driver.step()
+    driver.step()
+    driver.add("important", 3, max_tokens=2)
+    driver.step()  # "a" would have begun its second block
+    assert driver.scheduled() == {"important": 3}
+    assert driver.plan.new_block_ids.tolist() == []
+    driver.run()
+    assert len(driver.tokens("a")) == 9
+
+
+def test_blocks_shared_with_those_that_stay_are_no_gain_of_a_preemption() -> None:
+    driver = Driver(num_blocks=14, max_num_seqs=4, max_num_batched_tokens=64)
+    driver.add("stays", (1,) * 25, max_tokens=12)
+    driver.step()
+    driver.add("lower", (1,) * 25, max_tokens=12, priority=1)
+    driver.step()
+    assert driver.engine.stats().num_free_blocks == 14 - 7 - 1
+    driver.add("important", 24, max_tokens=2)  # 7 blocks and one to grow: "lower" would give only one
+    driver.step()
+    assert driver.engine.stats().num_preemptions == 0
+    driver.run()
 
 
 def test_equal_prompts_that_arrive_together_are_computed_once() -> None:
