@@ -90,7 +90,7 @@ class _Geometry:
 
 
 class HostCacheAccess(_Geometry):
-    """See ``CacheAccess``; for a cache in host memory."""
+    """See ``CacheAccess``; for a cache in host memory. Whole blocks go in one call of numpy, whatever their ids."""
 
     def __init__(self, kv_cache: Tensor, kv_range: KvRange) -> None:
         super().__init__(kv_cache, kv_range)
@@ -104,47 +104,50 @@ class HostCacheAccess(_Geometry):
         self, layer: int, heads: tuple[int, int], tokens: tuple[int, int], block_ids: BlockIds, out: Bytes
     ) -> None:
         """See ``CacheAccess``."""
-        for mine, theirs in self._views(layer, heads, tokens, block_ids, out):
-            np.copyto(theirs, mine)
+        local_layer, local_heads = self._local(layer, heads)
+        cache = self._bytes[local_layer]
+        for blocks, within, piece in self._parts(heads, tokens, block_ids, out):
+            if within.start is None and piece.size == out.size:
+                # All of the piece is whole blocks: numpy can gather into it without a copy in between.
+                kv, head = np.arange(2)[:, None, None], np.arange(local_heads.start, local_heads.stop)[:, None]
+                rows = (kv * self.num_blocks + blocks) * cache.shape[2] + head  # [2, head, block]
+                row_bytes = cache.shape[3]
+                into = out.reshape(-1, row_bytes)
+                np.take(cache.reshape(-1, row_bytes), rows.reshape(-1), axis=0, out=into, mode="clip")
+            else:
+                piece[...] = cache[:, blocks, local_heads, within]
 
     def scatter(
         self, layer: int, heads: tuple[int, int], tokens: tuple[int, int], block_ids: BlockIds, data: Bytes
     ) -> None:
         """See ``CacheAccess``."""
-        for mine, theirs in self._views(layer, heads, tokens, block_ids, data):
-            np.copyto(mine, theirs)
-
-    def _views(
-        self, layer: int, heads: tuple[int, int], tokens: tuple[int, int], block_ids: BlockIds, flat: Bytes
-    ) -> Iterator[tuple[Bytes, Bytes]]:
-        """Pairs of views, cache and flat, of equal shape, that together make up the piece."""
-        start, end = tokens
-        size, width = self.block_size, self.head_bytes
-        num_heads = heads[1] - heads[0]
         local_layer, local_heads = self._local(layer, heads)
-        cache = self._bytes[local_layer, :, :, local_heads]
-        piece = flat.reshape(2, num_heads, (end - start) * width)
+        cache = self._bytes[local_layer]
+        for blocks, within, piece in self._parts(heads, tokens, block_ids, data):
+            cache[:, blocks, local_heads, within] = piece
+
+    def _parts(
+        self, heads: tuple[int, int], tokens: tuple[int, int], block_ids: BlockIds, flat: Bytes
+    ) -> Iterator[tuple[BlockIds, slice, Bytes]]:
+        """At most three parts of a piece: what it holds of a first block, of whole blocks, and of a last block.
+
+        Each is the blocks' ids, the bytes within each block, and a view of the piece ``[2, block, head, bytes]``.
+        """
+        size, width = self.block_size, self.head_bytes
+        start, end = tokens
+        piece = flat.reshape(2, heads[1] - heads[0], (end - start) * width)
         while start < end:
             block, offset = divmod(start, size)
-            if offset or end - start < size:  # a part of one block
-                stop = min(end, (block + 1) * size)
-                part = cache[:, block_ids[block], :, offset * width : (offset + stop - start) * width]
-                yield part, piece[:, :, (start - tokens[0]) * width : (stop - tokens[0]) * width]
-                start = stop
-                continue
-            for first, count in _runs(block_ids[block : end // size]):
-                stop = start + count * size
-                whole = cache[:, first : first + count].swapaxes(1, 2)  # [2, head, block, ...]
-                flat_run = piece[:, :, (start - tokens[0]) * width : (stop - tokens[0]) * width]
-                yield whole, flat_run.reshape(2, num_heads, count, size * width)  # a view: only the last axis is cut
-                start = stop
-
-
-def _runs(block_ids: BlockIds) -> Iterator[tuple[int, int]]:
-    """First and length of each run of consecutive ids."""
-    breaks = np.flatnonzero(np.diff(block_ids) != 1) + 1
-    for start, stop in zip([0, *breaks.tolist()], [*breaks.tolist(), len(block_ids)], strict=True):
-        yield int(block_ids[start]), stop - start
+            count = (end - start) // size
+            if offset or not count:
+                stop = min(end, start - offset + size)
+                within, count = slice(offset * width, (offset + stop - start) * width), 1
+            else:
+                stop, within = start + count * size, slice(None)
+            view = piece[:, :, (start - tokens[0]) * width : (stop - tokens[0]) * width]
+            view = view.reshape(2, heads[1] - heads[0], count, -1).swapaxes(1, 2)  # cuts one axis: still a view
+            yield block_ids[block : block + count], within, view
+            start = stop
 
 
 class DeviceCacheAccess(_Geometry):

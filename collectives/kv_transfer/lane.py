@@ -195,26 +195,24 @@ class Lane:
                 used += num_bytes
 
     def _cut(self, room: int, first: bool) -> Work | None:
-        """The next piece's worth of work, taken off the queue, or None if none waits or it does not fit."""
+        """The next piece's worth of work, taken off the queue, or None if none waits or too little room is left."""
         while self._queue:
             work = self._queue.popleft()
             if work.outgoing.error is not None:
                 continue
             start, end = work.tokens
             per_token = self._num_bytes(work) // (end - start)
-            stop = min(end, start + max(1, self._limits.piece_bytes // per_token))
-            if stop < end and stop // self._cache.block_size * self._cache.block_size > start:
-                stop = stop // self._cache.block_size * self._cache.block_size  # whole blocks copy fastest
-            if (stop - start) * per_token > room:
-                if not first:
+            stop = min(end, start + room // per_token)
+            if stop < end:
+                whole_blocks = stop - stop % self._cache.block_size
+                if whole_blocks <= start and not first:
                     self._queue.appendleft(work)
                     return None
-                stop = start + room // per_token
-            if stop < end:
-                self._queue.appendleft(replace(work, tokens=(stop, end)))
+                stop = whole_blocks if whole_blocks > start else stop
                 work.outgoing.num_left += 1
+                self._queue.appendleft(work.of_tokens(stop, end))
             work.outgoing.num_reading += 1
-            return replace(work, tokens=(start, stop))
+            return work.of_tokens(start, stop)
         return None
 
     def _gather(self, work: Work, out: Bytes) -> Piece:

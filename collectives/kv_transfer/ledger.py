@@ -31,7 +31,6 @@ class TransferLimits:
     """Bounds of a sender.
 
     Attributes:
-        piece_bytes: a piece is cut at this size, small enough to be in the cache when its checksum is taken.
         inline_parcel_bytes, num_inline_parcels: message size and messages in flight, per destination over gRPC.
         shared_parcel_bytes, num_shared_parcels: the same through shared memory; their product is the segment.
         max_handoffs: open at once.
@@ -42,11 +41,10 @@ class TransferLimits:
         idle_s: a connection without handoffs is closed after it.
     """
 
-    piece_bytes: int = MIB // 2
-    inline_parcel_bytes: int = MIB
-    num_inline_parcels: int = 8
-    shared_parcel_bytes: int = 2 * MIB
-    num_shared_parcels: int = 6
+    inline_parcel_bytes: int = 3 * MIB
+    num_inline_parcels: int = 4
+    shared_parcel_bytes: int = 8 * MIB
+    num_shared_parcels: int = 4
     max_handoffs: int = 4096
     max_lanes: int = 256
     max_queued: int = 65536
@@ -142,6 +140,10 @@ class Work:
     tokens: tuple[int, int]
     ready: Ready | None
     num_retries: int = 0
+
+    def of_tokens(self, start: int, end: int) -> Work:
+        """The same for a part of the tokens."""
+        return Work(self.outgoing, self.layer, self.heads, (start, end), self.ready, self.num_retries)
 
 
 @dataclass
