@@ -49,6 +49,7 @@ Answer = TypeVar("Answer")
 Result = TypeVar("Result")
 Outbound = LoadModel | AllocateCache | StepPlan | Shutdown | Call
 _STOP_TIMEOUT_S = 10.0
+_DEATH_S = 0.2
 
 
 class _Mailbox(Protocol):
@@ -219,10 +220,8 @@ class GroupExecutor:
         with self._condition:
             if self._failure is not None or self._closed:
                 return
-            dead = {rank: code for rank, p in self._processes.items() if (code := p.exit_code()) is not None}
-            if dead and isinstance(error, UnavailableError):
-                names = ", ".join(f"rank {rank} (exit code {code})" for rank, code in dead.items())
-                error = UnavailableError(f"{names} is gone: {error.message}", ranks=sorted(dead))
+            if isinstance(error, UnavailableError):
+                error = self._explained(error)
             self._failure = error
             self._condition.notify_all()
         logger.error("the group has failed: %s", error)
@@ -230,6 +229,19 @@ class GroupExecutor:
         for link in self._links:
             link.hang_up()
         self.failed.set_result(error)
+
+    def _explained(self, error: UnavailableError) -> UnavailableError:
+        """The same with the ranks that are dead; a process whose sockets are closed may take a moment to be."""
+        give_up = time.monotonic() + _DEATH_S
+        while self._processes:
+            dead = {rank: code for rank, p in self._processes.items() if (code := p.exit_code()) is not None}
+            if dead:
+                names = ", ".join(f"rank {rank} (exit code {code})" for rank, code in dead.items())
+                return UnavailableError(f"{names} is gone: {error.message}", ranks=sorted(dead))
+            if time.monotonic() > give_up:
+                break
+            time.sleep(0.01)
+        return error
 
     def close(self) -> None:
         """End all ranks in order, within some seconds, by force if need be. From any thread, idempotent."""

@@ -74,7 +74,7 @@ results = st.builds(
 )
 
 
-def same(a, b):
+def same(a: object, b: object) -> bool:
     if isinstance(a, np.ndarray):
         return isinstance(b, np.ndarray) and a.dtype == b.dtype and np.array_equal(a, b)
     if isinstance(a, StepPlan | StepResult):
@@ -84,17 +84,17 @@ def same(a, b):
 
 @settings(max_examples=150, deadline=None)
 @given(plans | results | sequences)
-def test_round_trip(message):
+def test_round_trip(message: object) -> None:
     assert same(CODEC.decode(CODEC.encode(message)), message)
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.data())
-def test_damaged_messages_are_refused_or_still_well_typed(data):
-    packed = bytearray(CODEC.encode(data.draw(plans)))
+def test_damaged_messages_are_refused_or_still_well_typed(data: st.DataObject) -> None:
+    damaged = bytearray(CODEC.encode(data.draw(plans)))
     for _ in range(data.draw(st.integers(1, 3))):
-        packed[data.draw(st.integers(0, len(packed) - 1))] = data.draw(st.integers(0, 255))
-    packed = bytes(packed[: data.draw(st.integers(0, len(packed)))])
+        damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
+    packed = bytes(damaged[: data.draw(st.integers(0, len(damaged)))])
     try:
         message = CODEC.decode(packed)
     except InvalidArgumentError:
@@ -105,7 +105,7 @@ def test_damaged_messages_are_refused_or_still_well_typed(data):
 
 @settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=60))
-def test_garbage_is_refused(data):
+def test_garbage_is_refused(data: bytes) -> None:
     with pytest.raises(InvalidArgumentError):
         CODEC.decode(b"\x92\x01" + data[:1] + data)
 
@@ -132,12 +132,12 @@ EMPTY = b""
         [0, [1, EMPTY, EMPTY, EMPTY, EMPTY, b"\x02", EMPTY, [], EMPTY, EMPTY]],
     ],
 )
-def test_wrong_shapes_are_refused(body):
+def test_wrong_shapes_are_refused(body: object) -> None:
     with pytest.raises(InvalidArgumentError, match="malformed"):
         CODEC.decode(msgpack.packb(body, use_bin_type=True))
 
 
-def test_values_that_the_dataclass_refuses_are_refused():
+def test_values_that_the_dataclass_refuses_are_refused() -> None:
     sequence = AdmittedSequence(0, "a", (1,), 1, (0,), 0, SamplingParams(temperature=0.5), 1)
     packed = CODEC.encode(sequence)
     assert CODEC.decode(packed) == sequence
@@ -146,14 +146,14 @@ def test_values_that_the_dataclass_refuses_are_refused():
         CODEC.decode(hot)
 
 
-def test_unknown_and_mistyped_messages_are_not_sent():
+def test_unknown_and_mistyped_messages_are_not_sent() -> None:
     with pytest.raises(InvalidArgumentError, match="not a message"):
         CODEC.encode(SamplingParams())
     with pytest.raises(InvalidArgumentError, match="cannot be encoded"):
         CODEC.encode(StepResult(0, np.zeros(1, np.int64)))
 
 
-def test_a_field_that_cannot_travel_is_refused():
+def test_a_field_that_cannot_travel_is_refused() -> None:
     @dataclass(frozen=True)
     class Odd:
         callback: object

@@ -5,6 +5,7 @@ import socket
 import struct
 import threading
 import time
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -18,12 +19,17 @@ from fuseline.runtime.plan import StepResult
 CODEC = MessageCodec([StepResult])
 
 
-def result(step_id, size=0):
+def result(step_id: int, size: int = 0) -> StepResult:
     return StepResult(step_id, np.arange(size, dtype=np.int32))
 
 
+def send_all(channel: StepChannel, messages: list[StepResult]) -> None:
+    for message in messages:
+        channel.send(message)
+
+
 @pytest.fixture
-def ends():
+def ends() -> Iterator[tuple[StepChannel, StepChannel]]:
     listener = StepListener("127.0.0.1", CODEC)
     far = StepChannel.connect(listener.address, listener.token, 1, CODEC)
     near = listener.accept({1}, 5.0, lambda: None)[1]
@@ -33,10 +39,10 @@ def ends():
     far.close()
 
 
-def test_messages_arrive_whole_and_in_order_both_ways(ends):
+def test_messages_arrive_whole_and_in_order_both_ways(ends: tuple[StepChannel, StepChannel]) -> None:
     near, far = ends
     big = result(1, 1_000_000)  # more than the kernel buffers
-    sender = threading.Thread(target=lambda: [near.send(result(0)), near.send(big), near.send(result(2))])
+    sender = threading.Thread(target=send_all, args=(near, [result(0), big, result(2)]))
     sender.start()
     assert far.receive().step_id == 0
     np.testing.assert_array_equal(far.receive().token_ids, big.token_ids)
@@ -46,10 +52,10 @@ def test_messages_arrive_whole_and_in_order_both_ways(ends):
     assert near.receive().step_id == 3
 
 
-def test_concurrent_senders_do_not_mix_frames(ends):
+def test_concurrent_senders_do_not_mix_frames(ends: tuple[StepChannel, StepChannel]) -> None:
     near, far = ends
     threads = [
-        threading.Thread(target=lambda i=i: [near.send(result(i * 100 + j, 500)) for j in range(50)])
+        threading.Thread(target=send_all, args=(near, [result(i * 100 + j, 500) for j in range(50)]))
         for i in range(4)
     ]
     for thread in threads:
@@ -60,11 +66,11 @@ def test_concurrent_senders_do_not_mix_frames(ends):
     assert sorted(seen) == sorted(i * 100 + j for i in range(4) for j in range(50))
 
 
-def test_end_of_file_is_noticed_at_once(ends):
+def test_end_of_file_is_noticed_at_once(ends: tuple[StepChannel, StepChannel]) -> None:
     near, far = ends
     failed = []
 
-    def wait():
+    def wait() -> None:
         start = time.monotonic()
         with pytest.raises(UnavailableError):
             near.receive()
@@ -81,11 +87,11 @@ def test_end_of_file_is_noticed_at_once(ends):
             near.send(result(0, 10000))
 
 
-def test_close_wakes_the_own_receiver(ends):
+def test_close_wakes_the_own_receiver(ends: tuple[StepChannel, StepChannel]) -> None:
     near, _ = ends
     outcome = []
 
-    def wait():
+    def wait() -> None:
         try:
             near.receive()
         except UnavailableError as error:
@@ -99,7 +105,7 @@ def test_close_wakes_the_own_receiver(ends):
     assert len(outcome) == 1
 
 
-def test_half_a_frame_is_a_lost_peer(ends):
+def test_half_a_frame_is_a_lost_peer(ends: tuple[StepChannel, StepChannel]) -> None:
     near, far = ends
     far._sock.sendall(struct.pack("<I", 100) + b"abc")
     far.close()
@@ -107,7 +113,7 @@ def test_half_a_frame_is_a_lost_peer(ends):
         near.receive()
 
 
-def test_oversized_frames_close_the_channel(ends):
+def test_oversized_frames_close_the_channel(ends: tuple[StepChannel, StepChannel]) -> None:
     near, far = ends
     far._sock.sendall(struct.pack("<I", 2**32 - 1))
     with pytest.raises(InvalidArgumentError, match="exceeds"):
@@ -116,7 +122,7 @@ def test_oversized_frames_close_the_channel(ends):
         far.receive()
 
 
-def test_garbage_closes_the_channel(ends):
+def test_garbage_closes_the_channel(ends: tuple[StepChannel, StepChannel]) -> None:
     near, far = ends
     far._sock.sendall(struct.pack("<I", 4) + b"\xc1\xc1\xc1\xc1")
     with pytest.raises(InvalidArgumentError, match="malformed"):
@@ -125,7 +131,9 @@ def test_garbage_closes_the_channel(ends):
         far.receive()
 
 
-def test_what_exceeds_the_limit_is_not_sent(ends, monkeypatch):
+def test_what_exceeds_the_limit_is_not_sent(
+    ends: tuple[StepChannel, StepChannel], monkeypatch: pytest.MonkeyPatch
+) -> None:
     near, far = ends
     monkeypatch.setattr(step_channel, "MAX_FRAME_BYTES", 100)
     with pytest.raises(InvalidArgumentError, match="exceeds the limit of 100"):
@@ -134,7 +142,7 @@ def test_what_exceeds_the_limit_is_not_sent(ends, monkeypatch):
     assert far.receive().step_id == 1
 
 
-def test_strangers_do_not_get_in():
+def test_strangers_do_not_get_in() -> None:
     listener = StepListener("127.0.0.1", CODEC)
     host, port = listener.address.split(":")
     channels = {}
@@ -154,11 +162,13 @@ def test_strangers_do_not_get_in():
     for stranger in (wrong_token, wrong_rank):
         with pytest.raises(UnavailableError):
             stranger.receive()
-    for end in (wrong_token, wrong_rank, good, second, *channels.values(), *strangers):
-        end.close()
+    for channel in (wrong_token, wrong_rank, good, second, *channels.values()):
+        channel.close()
+    for sock in strangers:
+        sock.close()
 
 
-def test_a_rank_that_never_calls_is_named():
+def test_a_rank_that_never_calls_is_named() -> None:
     listener = StepListener("127.0.0.1", CODEC)
     far = StepChannel.connect(listener.address, listener.token, 1, CODEC)
     with pytest.raises(UnavailableError, match=r"ranks \[2\] did not call in"):
@@ -167,7 +177,7 @@ def test_a_rank_that_never_calls_is_named():
         far.receive()
     far.close()
 
-    def died():
+    def died() -> None:
         raise UnavailableError("rank 1 exited with code 3")
 
     with pytest.raises(UnavailableError, match="code 3"):
@@ -175,13 +185,13 @@ def test_a_rank_that_never_calls_is_named():
     listener.close()
 
 
-def test_nobody_listens():
+def test_nobody_listens() -> None:
     listener = StepListener("127.0.0.1", CODEC)
     listener.close()
     with pytest.raises(UnavailableError, match="cannot reach"):
         StepChannel.connect(listener.address, listener.token, 1, CODEC, timeout_s=1)
 
 
-def test_an_address_of_another_machine():
+def test_an_address_of_another_machine() -> None:
     with pytest.raises(UnavailableError, match="cannot listen"):
         StepListener("192.0.2.1", CODEC)
