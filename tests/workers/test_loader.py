@@ -118,6 +118,7 @@ def test_a_tied_head_is_the_embedding(tmp_path: Path) -> None:
 
 def test_progress_ends_at_the_total_and_pieces_are_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint_module, "READ_BYTES", 1000)
+    monkeypatch.setattr(checkpoint_module, "REMAP_BYTES", 5000)
     model = build_model("qwen3")
     write_checkpoint(tmp_path, model, dtype=torch.bfloat16)
     seen: list[tuple[int, int]] = []

@@ -151,7 +151,7 @@ def test_half_precision_is_as_close_to_float32_as_transformers(family: str, dtyp
     theirs = torch.cat([reference_logits(half, prompt) for prompt in prompts])
     with run_group(tmp_path, dtype=dtype) as driver:
         ours = torch.cat(random_schedule(driver, prompts, 0))
-    assert (ours - exact).abs().max() < 1.5 * (theirs - exact).abs().max()
+    assert (ours - exact).abs().max() < 2 * (theirs - exact).abs().max()
     assert (ours - exact).square().mean() < 1.2 * (theirs - exact).square().mean()
 
 
