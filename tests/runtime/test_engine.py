@@ -161,6 +161,25 @@ def test_prompt_logprobs_compute_what_the_prefix_cache_holds() -> None:
     assert len(driver.outputs["b"][0].prompt_logprobs or ()) == 11
 
 
+def test_prompt_logprobs_start_over_when_their_prompt_does() -> None:
+    driver = Driver(max_num_seqs=1, max_num_batched_tokens=4)
+    request = driver.add("a", 11, prompt_logprobs=0, priority=1)
+    driver.step()
+    driver.add("important", 3)
+    driver.run()
+    assert driver.engine.stats().num_preemptions == 1
+    assert [lp.token_id for lp in driver.outputs["a"][0].prompt_logprobs or ()] == list(request.prompt_token_ids[1:])
+
+
+def test_outputs_are_found_by_the_next_turn_of_a_conversation() -> None:
+    driver = Driver()
+    request = driver.add("first turn", 6, max_tokens=8)
+    driver.run()
+    driver.add("second turn", (*request.prompt_token_ids, *driver.tokens("first turn"), 7, 7, 7))
+    driver.run()
+    assert driver.outputs["second turn"][0].num_cached_tokens == 12  # the 14th token's KV was never computed
+
+
 def test_cached_tokens_are_reported_and_not_computed() -> None:
     driver = Driver(max_num_batched_tokens=64)
     driver.add("a", (1,) * 12, max_tokens=1)
@@ -230,7 +249,7 @@ def test_a_live_request_id_is_taken_and_an_ended_one_is_not() -> None:
     driver.add("a")
 
 
-@pytest.mark.parametrize("num_steps", range(6))
+@pytest.mark.parametrize("num_steps", range(9))
 @pytest.mark.parametrize("depth", [1, 2])
 def test_abort_ends_a_request_anywhere_and_only_once(num_steps: int, depth: int) -> None:
     driver = Driver(max_num_batched_tokens=4, depth=depth)
@@ -243,8 +262,9 @@ def test_abort_ends_a_request_anywhere_and_only_once(num_steps: int, depth: int)
     assert output.finish_reason is FinishReason.STOP
     assert driver.engine.abort("a") is None
     driver.engine.check_integrity()
+    tokens = driver.tokens("a")
     driver.run()
-    assert driver.reason("a") is None
+    assert driver.tokens("a") == tokens, "an output after the last one"
     assert driver.tokens("b") == generate(other.prompt_token_ids, other.params, 48)
     assert driver.engine.stats().num_free_blocks == 16
 

@@ -182,18 +182,19 @@ def test_room_to_grow_counts_when_preemption_is_weighed() -> None:
 
 
 def test_a_waiting_request_does_not_preempt_an_equal_one_that_overtook_it() -> None:
-    driver = Driver(num_blocks=8, max_num_seqs=2, prefix_caching=False)
+    driver = Driver(num_blocks=9, max_num_seqs=2, prefix_caching=False)
     driver.add("a", 3, max_tokens=24)
     driver.add("b", 3, max_tokens=24)
     driver.step()
-    late = driver.engine.reserve(driver.request("late", 7, max_tokens=3, phase=Phase.DECODE))
+    late = driver.engine.reserve(driver.request("late", 11, max_tokens=3, phase=Phase.DECODE))
     driver.executor.write(late.block_ids, driver.seq("late").request.prompt_token_ids, 0)
     while not driver.engine.stats().num_preemptions:
         driver.step()
     assert driver.seq("b").state is SequenceState.WAITING
     driver.engine.commit("late", generate(driver.seq("late").request.prompt_token_ids, SamplingParams(), 48)[0])
-    driver.step()
-    assert set(driver.scheduled()) == {"a", "late"}
+    while not driver.reason("late"):
+        driver.step()
+        assert set(driver.scheduled()) == {"a", "late"}
     assert driver.engine.stats().num_preemptions == 1
     driver.run()
     assert len(driver.tokens("b")) == 24
@@ -243,6 +244,17 @@ def test_blocks_shared_with_those_that_stay_are_no_gain_of_a_preemption() -> Non
     driver.step()
     assert driver.engine.stats().num_free_blocks == 14 - 7 - 1
     driver.add("important", 24, max_tokens=2)  # 7 blocks and one to grow: "lower" would give only one
+    driver.step()
+    assert driver.engine.stats().num_preemptions == 0
+    driver.run()
+
+
+def test_a_prefix_that_only_the_preempted_hold_is_no_gain_either() -> None:
+    driver = Driver(num_blocks=10, max_num_seqs=4, max_num_batched_tokens=64)
+    driver.add("equal", 11, max_tokens=12)
+    driver.add("lower", (1,) * 17, max_tokens=12, priority=1)
+    driver.step()
+    driver.add("important", (1,) * 17 + (2,) * 12, max_tokens=2)
     driver.step()
     assert driver.engine.stats().num_preemptions == 0
     driver.run()
