@@ -292,8 +292,9 @@ def _patience(timeout: float | None, wait: bool) -> float | None:
 def _target(sizes: Mapping[str, int], wait: bool) -> cluster_pb2.SetTargetRequest:
     request = cluster_pb2.SetTargetRequest(wait=wait)
     for pool, num_replicas in sizes.items():
+        role = role_to_wire(pool)
         try:
-            request.sizes.add(role=role_to_wire(pool), num_replicas=num_replicas)
+            request.sizes.add(role=role, num_replicas=num_replicas)
         except (ValueError, TypeError) as error:
             raise InvalidArgumentError(
                 f"{pool} must be a count of replicas, got {num_replicas!r}", field=pool, value=num_replicas

@@ -1,19 +1,19 @@
-"""Puts the commands together."""
+"""Puts the commands together and runs them: whatever goes wrong ends as one line and an exit code."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 import typer
 
 from ... import __version__
 from . import generate, operate, serve
 
-app = typer.Typer(
-    name="fuseline",
-    help="A distributed inference runtime for large language models.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+# What the parser raises. Its base class is in click or in a copy of it, depending on typer's version.
+_UsageError: Any = typer.BadParameter.__bases__[0]
+
+app = typer.Typer(name="fuseline", add_completion=False, pretty_exceptions_enable=False)
 app.command()(serve.serve)
 app.command()(generate.generate)
 app.command()(operate.scale)
@@ -21,16 +21,23 @@ app.command()(operate.status)
 app.command()(operate.stop)
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"fuseline {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _options(
-    version: bool = typer.Option(
-        False, "--version", callback=_print_version, is_eager=True, help="Show the version."
-    ),
+@app.callback(invoke_without_command=True)
+def _fuseline(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False
 ) -> None:
     """A distributed inference runtime for large language models."""
+    if version:
+        typer.echo(f"fuseline {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a command line; returns the exit code: 2 for what cannot be understood, 1 for what does not work."""
+    try:
+        code = app(list(arguments), standalone_mode=False)
+    except _UsageError as error:
+        typer.echo(f"fuseline: {' '.join(error.format_message().split())}", err=True)
+        return int(error.exit_code)
+    return code if isinstance(code, int) else 0

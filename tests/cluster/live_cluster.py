@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fuseline.cluster.client import AsyncClient
+from fuseline.cluster.cluster_service import ClusterService
 from fuseline.cluster.gateway import Gateway, GatewayConfig
 from fuseline.cluster.membership import ReplicaInfo, ReplicaState, StaticMembership
 from fuseline.proto.fuseline.v1 import worker_pb2
@@ -68,10 +69,12 @@ async def worker(worker_id: str, role: WorkerRole, config: GroupConfig) -> Async
 
 
 @asynccontextmanager
-async def gateway_over(infos: list[ReplicaInfo], **config: Any) -> AsyncIterator[LiveCluster]:
+async def gateway_over(
+    infos: list[ReplicaInfo], cluster_service: ClusterService | None = None, **config: Any
+) -> AsyncIterator[LiveCluster]:
     """With workers to serve, it waits for them."""
     membership = StaticMembership(infos)
-    gateway = Gateway(GatewayConfig(**config), MODEL, TOKENIZER, membership)
+    gateway = Gateway(GatewayConfig(**config), MODEL, TOKENIZER, membership, cluster_service)
     address = f"127.0.0.1:{await gateway.start()}"
     try:
         async with AsyncClient(address) as client:
@@ -86,12 +89,14 @@ async def gateway_over(infos: list[ReplicaInfo], **config: Any) -> AsyncIterator
 async def live_cluster(
     prefill: int = 1, decode: int = 1, num_kv_blocks: int = 512, **config: Any
 ) -> AsyncIterator[LiveCluster]:
+    """Workers of a role for each pool; without prefill workers, the others do everything."""
     torch.set_num_threads(1)
     scheduler = SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=512)
     limits = group_config(scheduler=scheduler, num_kv_blocks=num_kv_blocks)
     async with AsyncExitStack() as stack:
         infos = []
-        for role, count in ((WorkerRole.PREFILL, prefill), (WorkerRole.DECODE, decode)):
+        decode_role = WorkerRole.DECODE if prefill else WorkerRole.MIXED
+        for role, count in ((WorkerRole.PREFILL, prefill), (decode_role, decode)):
             for index in range(count):
                 infos.append(await stack.enter_async_context(worker(f"{role}-{index}", role, limits)))
         yield await stack.enter_async_context(gateway_over(infos, **config))

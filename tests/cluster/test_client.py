@@ -1,0 +1,156 @@
+"""The synchronous client against a real gateway; the asyncio one is what the gateway's own tests use."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from fuseline import AsyncClient, Client, SamplingParams
+from fuseline.cluster.cluster_service import ClusterService
+from fuseline.runtime.errors import (
+    DeadlineExceededError,
+    InvalidArgumentError,
+    NotFoundError,
+    ResourceExhaustedError,
+    UnavailableError,
+)
+from fuseline.runtime.request import FinishReason
+from fuseline.runtime.role import WorkerRole
+from fuseline.tests.cluster.live_cluster import LiveCluster, live_cluster
+from fuseline.tests.cluster.memory_cluster import Cluster, reached, running
+from fuseline.tests.cluster.scripted_worker import until
+
+PROMPT = "def read(path):\n"
+GREEDY = SamplingParams(temperature=0, max_tokens=12)
+FOREVER = SamplingParams(max_tokens=1900, ignore_eos=True)
+
+
+@asynccontextmanager
+async def operated(stopped: asyncio.Event) -> AsyncIterator[LiveCluster]:
+    """A gateway with a Cluster service; the replicas that it tells of live in memory, the one that serves is real."""
+    async with running(Cluster()) as controller:
+        await reached(controller)
+        async with live_cluster(prefill=0, cluster_service=ClusterService(controller, stop=stopped.set)) as live:
+            yield live
+
+
+@pytest.fixture
+async def cluster() -> AsyncIterator[LiveCluster]:
+    async with operated(asyncio.Event()) as live:
+        yield live
+
+
+def test_importing_the_clients_loads_neither_torch_nor_ray() -> None:
+    code = (
+        "import sys, time; start = time.process_time(); import fuseline; fuseline.Client, fuseline.AsyncClient;"
+        "heavy = {'torch', 'ray', 'transformers', 'numpy', 'tokenizers'};"
+        "print(time.process_time() - start, *heavy & set(sys.modules))"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert float(told[0]) < 0.5
+    assert told[1:] == []
+
+
+async def test_it_streams_completes_and_describes(cluster: LiveCluster) -> None:
+    def use() -> None:
+        with Client(cluster.address) as client:
+            with client.generate(PROMPT, GREEDY) as stream:
+                chunks = list(stream)
+            whole = client.complete(PROMPT, GREEDY)
+            assert "".join(chunk.text for chunk in chunks) == whole.text
+            assert chunks[-1].finish_reason is whole.completions[0].finish_reason is FinishReason.LENGTH
+            info = client.model_info()
+            assert info.name == "demo"
+            ids = client.complete([1, 2, 3], GREEDY, request_id="mine")
+            assert (ids.request_id, ids.completions[0].summary.num_prompt_tokens) == ("mine", 3)
+
+    await asyncio.to_thread(use)
+
+
+async def test_leaving_a_stream_cancels_the_request(cluster: LiveCluster) -> None:
+    def use() -> None:
+        with Client(cluster.address) as client:
+            for chunk in (stream := client.generate(PROMPT, FOREVER)):
+                assert chunk.finish_reason is None
+                break
+            stream.close()
+            with client.generate(PROMPT, FOREVER) as other:
+                next(other)
+            closing = client.generate(PROMPT, FOREVER)
+            next(closing)
+        # Closing the client ends what is still open.
+
+    await asyncio.to_thread(use)
+    await until(lambda: cluster.gateway.num_sequences == 0, 1)
+    await cluster.empties(1)
+    assert cluster.gateway.inference.finished == Counter({FinishReason.ABORT: 3})
+
+
+async def test_errors_are_the_classes_of_fuseline(cluster: LiveCluster) -> None:
+    def use() -> None:
+        with Client(cluster.address) as client:
+            with pytest.raises(InvalidArgumentError, match="no tokens") as info:
+                client.complete("")
+            assert info.value.details["field"] == "prompt"
+            with pytest.raises(NotFoundError):
+                client.complete(PROMPT, model="another")
+            with pytest.raises(DeadlineExceededError, match="timeout"):
+                client.complete(PROMPT, FOREVER, timeout=0.2)
+            with pytest.raises(InvalidArgumentError, match="prompt"):
+                client.generate([-1])
+            with pytest.raises(InvalidArgumentError, match="prompt"):
+                client.generate("\udc80")
+            with pytest.raises(ResourceExhaustedError):
+                client.generate("x" * 2**24).__next__()
+
+    await asyncio.to_thread(use)
+
+
+async def test_an_operator_sees_and_scales_and_stops() -> None:
+    stopped = asyncio.Event()
+    async with operated(stopped) as cluster:
+
+        def use() -> None:
+            with Client(cluster.address) as client:
+                status = client.status()
+                assert [(pool.role, pool.num_replicas) for pool in status.target] == [
+                    (WorkerRole.PREFILL, 1),
+                    (WorkerRole.DECODE, 1),
+                ]
+                assert {replica.state for replica in status.replicas} == {"ready"}
+                scaled = client.scale(decode=2, wait=True, timeout=10)
+                assert sum(replica.role is WorkerRole.DECODE for replica in scaled.replicas) == 2
+                assert client.scale({"prefill": 2}).target[0].num_replicas == 2
+                with pytest.raises(InvalidArgumentError, match="no pool 'encode'"):
+                    client.scale(encode=2)
+                with pytest.raises(InvalidArgumentError, match="decode"):
+                    client.scale(decode=-1)
+                with pytest.raises(InvalidArgumentError):
+                    client.scale(decode=0)
+                client.stop()
+
+        await asyncio.to_thread(use)
+        async with AsyncClient(cluster.address) as client:
+            assert (await client.status()).model == "demo"
+            assert (await client.scale(decode=1)).target[1].num_replicas == 1
+        await asyncio.wait_for(stopped.wait(), 1)
+
+
+def test_nobody_there_is_said_in_few_words() -> None:
+    with Client("127.0.0.1:1") as client:
+        with pytest.raises(UnavailableError, match=r"no answer from 127\.0\.0\.1:1: Connection refused"):
+            client.complete(PROMPT)
+        with pytest.raises(UnavailableError, match="no answer"):
+            client.status()
+
+
+@pytest.mark.parametrize("address", ["", "host", "host:", "host:99999", "host:0", "a b:1", "host:port"])
+def test_an_address_is_checked_at_once(address: str) -> None:
+    with pytest.raises(InvalidArgumentError, match="host:port"):
+        Client(address)
