@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import psutil
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ from fuseline.workers.memory import (
     available_memory_bytes,
     kv_block_bytes,
     kv_budget_bytes,
+    lazy_zeros,
     max_kv_blocks,
     step_workspace_bytes,
 )
@@ -55,3 +57,17 @@ def test_workspace_grows_with_the_step() -> None:
         INFO, SCHEDULER, ParallelConfig()
     )
     assert more > 63_000 * 512 * 2
+
+
+def test_a_pool_takes_memory_only_where_it_is_used() -> None:
+    process, size = psutil.Process(), 2**30
+    before = process.memory_info().rss
+    pool = lazy_zeros((2, size // 4), torch.bfloat16, torch.device("cpu"))
+    assert pool.dtype == torch.bfloat16
+    assert pool.is_contiguous()
+    assert pool.data_ptr() % 64 == 0
+    assert not pool[:, :: 2**20].any()
+    pool[1, :1000] = 1.0
+    assert process.memory_info().rss - before < size // 2
+    del pool
+    assert process.memory_info().rss - before < 2**26

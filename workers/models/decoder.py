@@ -18,6 +18,7 @@ from ...runtime.errors import InvalidArgumentError
 from ...runtime.sharding import ParallelConfig, kv_range, vocab_range
 from ..forward_batch import ForwardBatch
 from ..layers.rotary import RotaryEmbedding
+from ..memory import lazy_zeros
 from ..weights import DecoderWeights
 from .config import DecoderConfig
 
@@ -55,7 +56,7 @@ class DecoderModel:
         """Zeros for this rank's layers and KV heads: [layers, 2, num_blocks, kv_heads, block_size, head_dim]."""
         held = kv_range(self.config.shape(), self._parallel, self._rank)
         shape = (held.num_layers, 2, num_blocks, held.num_heads, block_size, self.config.head_dim)
-        return torch.zeros(shape, dtype=self._dtype, device=self._device)
+        return lazy_zeros(shape, self._dtype, self._device)
 
     def forward(
         self,
