@@ -11,6 +11,8 @@ from ..workers.server import WorkerServer
 from .cluster_config import ClusterConfig
 from .messages import WorkerSpec
 
+RANK_CHECK_S = 0.5
+
 
 class ModelWorker:
     """A ``HostedWorker``; see worker_host.py.
@@ -24,6 +26,7 @@ class ModelWorker:
         self._launcher = launcher
         self._role = spec.role
         self._server: WorkerServer | None = None
+        self._group: ModelGroup | None = None
 
     async def start(self) -> str:
         """See ``HostedWorker``. Cancelling it leaves a thread that loads on; the process should then end."""
@@ -34,13 +37,21 @@ class ModelWorker:
         except BaseException:
             await asyncio.to_thread(group.close)
             raise
-        self._server = server
+        self._server, self._group = server, group
         await server.start()
         return server.address
 
     async def failed(self) -> str:
-        """See ``HostedWorker``."""
-        return (await self._started().failed()).message
+        """See ``HostedWorker``. An idle engine does not hear of a rank that is lost; its executor does."""
+        broken = asyncio.create_task(self._started().failed())
+        try:
+            while self._group is not None and not broken.done():
+                if self._group.executor.failure is not None:
+                    return self._group.executor.failure.message
+                await asyncio.wait((broken,), timeout=RANK_CHECK_S)
+            return (await broken).message
+        finally:
+            broken.cancel()
 
     async def set_role(self, role: WorkerRole) -> None:
         """See ``HostedWorker``."""

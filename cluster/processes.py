@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -45,19 +46,22 @@ def is_alive(process: Process) -> bool:
     return found is not None and found[1] == process
 
 
-def end_all(processes: Iterable[Process], timeout_s: float) -> None:
-    """Wait for the processes to end by themselves; kill what is left when the time is up."""
+def wait_ended(processes: Iterable[Process], timeout_s: float) -> set[Process]:
+    """Wait for the processes to end; returns those that have not when the time is up."""
     deadline = time.monotonic() + timeout_s
     left = {process for process in processes if is_alive(process)}
     while left and time.monotonic() < deadline:
         time.sleep(POLL_S)
         left = {process for process in left if is_alive(process)}
-    for process in left:
+    return left
+
+
+def end_all(processes: Iterable[Process], timeout_s: float) -> None:
+    """Let the processes end by themselves; kill what is left when the time is up."""
+    for process in wait_ended(processes, timeout_s):
         logger.warning("process %d has not ended within %g s: killing it", process.pid, timeout_s)
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
 
 
 def _read(pid: int) -> tuple[int, Process] | None:

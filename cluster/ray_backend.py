@@ -11,10 +11,12 @@ import logging
 import os
 import secrets
 import shutil
+import signal
+import sys
 import tempfile
 from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..runtime.errors import (
@@ -60,9 +62,10 @@ T = TypeVar("T")
 class RayBackend:
     """A Ray cluster, private or joined, with a controller on it.
 
-    Start and close it in the main thread: a private Ray's processes end with the thread that started them, and Ray
-    takes the handler of SIGTERM, which raises SystemExit until someone else sets another. A process that dies without
-    closing takes a private Ray along; in a joined one the workers end within ORPHAN_CHECKS * ORPHAN_CHECK_S.
+    Start and close it in the main thread: a private Ray's processes end with the thread that started them, and signal
+    handlers are set. Until someone else handles SIGTERM it raises SystemExit. When this process is killed without
+    closing, a private Ray and its workers die with it (two of Ray's own helpers notice after a minute); in a joined
+    Ray the workers end within ORPHAN_CHECKS * ORPHAN_CHECK_S.
 
     Attributes:
         config: with the device resolved.
@@ -237,11 +240,20 @@ def _runtime_env() -> dict[str, str]:
 def _init(**options: Any) -> Any:
     import ray
 
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise UnavailableError(f"Ray cannot be started or reached: {error}") from error
+    finally:
+        # Ray has put a handler of its own there that aborts the process after 3 s, whatever it is doing by then.
+        signal.signal(signal.SIGTERM, _exit if handler in (signal.SIG_DFL, None) else handler)
     return ray
+
+
+def _exit(signum: int, frame: FrameType | None) -> None:
+    """End as if the signal had done it, but in order."""
+    sys.exit(128 + signum)
 
 
 def _shut_down(directory: Path | None) -> None:

@@ -131,8 +131,11 @@ async def running(cluster: Cluster, store: Store | None = None) -> AsyncIterator
         await asyncio.gather(task, return_exceptions=True)
 
 
-async def until(controller: ClusterControl, condition: Callable[[ControllerStatus], bool]) -> ControllerStatus:
-    async with asyncio.timeout(10):
+async def until(
+    controller: ClusterControl, condition: Callable[[ControllerStatus], bool], timeout_s: float = 10.0
+) -> ControllerStatus:
+    """The first status that fulfils the condition."""
+    async with asyncio.timeout(timeout_s):
         status = await controller.status()
         while not condition(status):
             status = await controller.status(status.version, 1.0)
