@@ -10,11 +10,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import shutil
 import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 from .. import __version__
@@ -59,15 +61,21 @@ def run_cluster(config: ClusterConfig, say: Say) -> None:
         say(f"joining Ray at {config.ray_address}" if config.ray_address else "starting Ray")
         with RayBackend.start(config) as backend:
             stopping.listen()  # Ray has taken SIGTERM
+            stopping.directory = backend.log_dir
             asyncio.run(_serve(backend, model, tokenizer, stopping, started_at, say))
             say("stopping workers")
     say("stopped")
 
 
 class _Stopping:
-    """Being told to stop, by a signal or by a caller, before and while an event loop runs."""
+    """Being told to stop, by a signal or by a caller, before and while an event loop runs.
+
+    Attributes:
+        directory: to remove when this process has to end at once.
+    """
 
     def __init__(self) -> None:
+        self.directory: Path | None = None
         self._asked = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._event = asyncio.Event()
@@ -97,6 +105,8 @@ class _Stopping:
         """The first signal asks, or interrupts what runs without a loop; the second ends this process at once."""
         if self._asked:
             end_all(descendants(os.getpid()), 0)
+            if self.directory is not None:
+                shutil.rmtree(self.directory, ignore_errors=True)
             os._exit(INTERRUPTED)
         self.ask()
         if self._loop is None:
@@ -171,7 +181,7 @@ async def _wait_ready(backend: RayBackend, gateway: Gateway, say: Say) -> None:
 def _progress(status: ControllerStatus) -> str:
     num_wanted = status.target.prefill + status.target.decode
     num_ready = sum(replica.state is ReplicaState.READY for replica in status.replicas)
-    troubles = "".join(f"; {r.worker_id}: {r.message}" for r in status.replicas if r.message)
+    troubles = "".join(f"; {r.worker_id}: {r.message}" for r in status.replicas if r.message and r.num_restarts)
     return f"loading on {status.config.device}: {num_ready} of {num_wanted} workers ready{troubles}"
 
 

@@ -77,25 +77,11 @@ def _show(seen: ClusterStatus) -> None:
         f"{pool.role}={pool.num_replicas} (TP {pool.tensor_parallel_size}, PP {pool.pipeline_parallel_size})"
         for pool in seen.target
     )
-    table = Table(
-        title=f"{seen.model}: {target}; up {seen.uptime_s:.0f} s; Fuseline {seen.version}", title_justify="left"
-    )
-    for column in (
-        "worker",
-        "role",
-        "state",
-        "running",
-        "waiting",
-        "KV blocks",
-        "tokens",
-        "restarts",
-        "age",
-        "address",
-    ):
-        table.add_column(column, justify="left" if column in ("worker", "role", "state", "address") else "right")
-    for replica in seen.replicas:
-        table.add_row(*_row(replica))
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("worker", "role", "state", "run", "wait", "KV blocks", "restarts", "age"):
+        table.add_column(column, justify="left" if column in ("worker", "role", "state") else "right", no_wrap=True)
     console = Console()
+    console.print(f"{seen.model}: {target}; up {seen.uptime_s:.0f} s; Fuseline {seen.version}", highlight=False)
     console.print(table)
     for replica in seen.replicas:
         if replica.message:
@@ -105,15 +91,10 @@ def _show(seen: ClusterStatus) -> None:
 def _row(replica: ReplicaStatus) -> tuple[str, ...]:
     style = _STYLES.get(replica.state, "dim")
     load = replica.load
-    numbers = ("", "", "", "")
+    numbers = ("", "", "")
     if load is not None:
         used = load.num_total_blocks - load.num_free_blocks
-        numbers = (
-            str(load.num_running),
-            str(load.num_waiting),
-            f"{used}/{load.num_total_blocks}",
-            str(load.num_generated_tokens),
-        )
+        numbers = (str(load.num_running), str(load.num_waiting), f"{used}/{load.num_total_blocks}")
     return (
         replica.worker_id,
         replica.role.value,
@@ -121,5 +102,4 @@ def _row(replica: ReplicaStatus) -> tuple[str, ...]:
         *numbers,
         str(replica.num_restarts),
         f"{replica.age_s:.0f} s",
-        replica.address,
     )

@@ -1,0 +1,82 @@
+"""`fuseline serve` as a user starts and stops it: in a process of its own, with Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import sys
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from fuseline.tests.cluster.scripted_worker import until
+
+pytestmark = pytest.mark.ray
+MARK = "FUSELINE_TEST"
+REPOSITORY = Path(__file__).parents[2]
+
+
+def marked(mark: str) -> list[str]:
+    """Command lines of the living processes that have inherited the mark."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"{MARK}={mark}".encode() in (entry / "environ").read_bytes():
+                found.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+        except OSError:
+            continue
+    return found
+
+
+@asynccontextmanager
+async def command(*arguments: str | Path) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
+    """A command whose processes are all found by their mark, and are gone in the end."""
+    mark = uuid.uuid4().hex
+    process = await asyncio.create_subprocess_exec(
+        *arguments, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT, env=os.environ | {MARK: mark}
+    )
+    try:
+        yield process, mark
+        await until(lambda: not marked(mark), 10)
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
+async def lines_until(process: asyncio.subprocess.Process, wanted: str) -> str:
+    """What the process prints, up to a line that begins with ``wanted``."""
+    assert process.stdout is not None
+    told = ""
+    async for line in process.stdout:
+        told += line.decode()
+        if line.decode().startswith(wanted):
+            return told
+    raise AssertionError(f"it ended without {wanted!r}: {told}")
+
+
+async def test_a_second_ctrl_c_ends_it_at_once_and_leaves_nothing() -> None:
+    fuseline = Path(sys.executable).with_name("fuseline")
+    async with command(fuseline, "serve", "demo", "--grpc-port", "0") as (process, mark):
+        await lines_until(process, "loading")
+        assert any("raylet" in line for line in marked(mark))
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)
+        async with asyncio.timeout(5):
+            assert await process.wait() == 130
+
+
+async def test_the_demo_shows_what_it_promises() -> None:
+    async with command(sys.executable, REPOSITORY / "examples" / "demo.py") as (process, _):
+        out, _ = await process.communicate()
+        told = out.decode()
+        assert process.returncode == 0, told
+    assert "$ fuseline scale decode=2" in told
+    table = told.partition("Requests, in order of completion")[2]
+    assert len(set(re.findall(r"decode-\S+", table))) == 2
+    assert "nothing is left behind" in told
