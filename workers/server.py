@@ -28,6 +28,7 @@ from .services.prefill import PrefillServicer
 from .services.ranks import RankCalls
 from .services.status import WorkerServicer
 
+CLEANUP_TIMEOUT_S = 15.0
 ENGINE_STOP_TIMEOUT_S = 30.0
 SPARE_RPCS = 256  # beside those of requests: KV streams, watchers, health checks, drains
 SERVICES = (
@@ -124,16 +125,22 @@ class WorkerServer:
         return await self._leases.drained(timeout_s)
 
     async def stop(self, grace_s: float) -> None:
-        """Drain for so long, end what is left, then close everything, the group included."""
+        """Drain for so long, end what is left, then close everything, the group included.
+
+        Raises:
+            InternalError: a step did not come to its end, and was left behind.
+        """
         num_left = await self.drain(grace_s)
         if num_left:
             logger.warning("%d requests did not end within %g s and are ended now", num_left, grace_s)
-        await self._server.stop(None)
-        await self._leases.cleaned_up()
-        await self._engine.stop(ENGINE_STOP_TIMEOUT_S)
-        await self._channels.close()
-        self._transfer.close()
-        await asyncio.to_thread(self._group.close)
+        try:
+            await self._server.stop(None)
+            await self._leases.cleaned_up(CLEANUP_TIMEOUT_S)
+            await self._channels.close()
+            await self._engine.stop(ENGINE_STOP_TIMEOUT_S)
+        finally:
+            await asyncio.to_thread(self._transfer.close)
+            await asyncio.to_thread(self._group.close)
         logger.info("worker %s has stopped", self.worker_id)
 
     def _add_services(self, receiver: KvReceiver) -> None:

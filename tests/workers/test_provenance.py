@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import grpc
 import grpc.aio
@@ -16,11 +18,12 @@ from fuseline.runtime.errors import (
     ProvenanceError,
     UnavailableError,
 )
-from fuseline.runtime.handoff import token_prefix_hash
+from fuseline.runtime.handoff import Provenance, token_prefix_hash
 from fuseline.runtime.request import Request
 from fuseline.runtime.role import WorkerRole
 from fuseline.tests.workers.kv_proxy import kv_proxy, through
 from fuseline.tests.workers.worker_cases import (
+    Decoding,
     Worker,
     both_released,
     compute_locally,
@@ -57,8 +60,10 @@ async def test_prefill_refuses_another_prompt_than_was_reserved_for(prefill: Wor
     request = make_request(fresh_prompt(50))
     decoding = await open_decode(decode, request)
     wrong = Request(request.request_id, tuple(fresh_prompt(50)), request.params)
+    num_steps = (await prefill.engine.stats()).num_steps
     assert isinstance(await error_of(open_prefill(prefill, wrong, decoding.reservation)), ProvenanceError)
-    assert isinstance(await error_of(decoding.events), UnavailableError)
+    assert isinstance(await error_of(decoding.events, within_s=1), UnavailableError)
+    assert (await prefill.engine.stats()).num_steps == num_steps  # before anything is computed
     assert await failures(prefill) == [before[0] + 1]
     await both_released(prefill, decode)
 
@@ -81,7 +86,7 @@ async def test_decode_refuses_kv_of_something_else(prefill: Worker, decode: Work
     error = await error_of(open_prefill(prefill, told, reservation))
     assert isinstance(error, ProvenanceError), error
     assert await failures(prefill) == [before[0] + 1]
-    assert isinstance(await error_of(decoding.events), UnavailableError)
+    assert isinstance(await error_of(decoding.events, within_s=1), UnavailableError)
     await both_released(prefill, decode)
 
 
@@ -96,7 +101,7 @@ async def test_bytes_that_are_not_what_was_computed_never_become_text(
         proxy.on_push = (lambda m: m[:-1] + bytes([m[-1] ^ 1])) if tampering == "corrupt" else (lambda m: None)
         error = await error_of(open_prefill(prefill, request, through(proxy, decoding.reservation)))
     assert isinstance(error, ProvenanceError), error
-    assert isinstance(await error_of(decoding.events), UnavailableError)
+    assert isinstance(await error_of(decoding.events, within_s=1), UnavailableError)
     after = await failures(prefill, decode)
     # What is missing is found by the commit, at decode; what is corrupt, after some retries, by the sender.
     assert after == [before[0] + 1, before[1] + (tampering == "swallow")]
@@ -130,7 +135,7 @@ async def test_a_commit_that_does_not_fit_is_refused(prefill: Worker, decode: Wo
     is_provenance = change in ("epoch", "prompt", "request")
     assert isinstance(error, ProvenanceError if is_provenance else InvalidArgumentError), error
     assert await failures(decode) == [before[0] + is_provenance]
-    assert isinstance(await error_of(decoding.events), UnavailableError)
+    assert isinstance(await error_of(decoding.events, within_s=1), UnavailableError)
     await both_released(prefill, decode)
 
 
@@ -141,8 +146,8 @@ async def test_a_commit_for_nobody_is_not_found(decode: Worker) -> None:
     await decode.transfer.Abort(kv_transfer_pb2.AbortRequest(reservation_id="guessed"))
 
 
-async def test_a_late_commit_cannot_start_the_next_attempt(prefill: Worker, decode: Worker) -> None:
-    """The same request is reserved again, with another epoch, before the first attempt's commit comes."""
+async def test_kv_that_comes_late_is_not_for_the_next_attempt(prefill: Worker, decode: Worker) -> None:
+    """The same request is reserved again, with another epoch, while the first attempt's KV is on its way."""
     request = make_request(fresh_prompt(50))
     decoding = await open_decode(decode, request)
     async with kv_proxy(decode) as proxy:
@@ -150,15 +155,51 @@ async def test_a_late_commit_cannot_start_the_next_attempt(prefill: Worker, deco
         prefilling = open_prefill(prefill, request, through(proxy, decoding.reservation))
         await proxy.arrived.wait()
         decoding.call.cancel()
-        again = Request(request.request_id, request.prompt_token_ids, request.params, epoch=1)
+        again = replace(request, epoch=1)
         retry = await open_decode(decode, again)
         proxy.may_go_on.set()
         assert isinstance(await error_of(prefilling), UnavailableError)
-        assert (await decode.engine.stats()).num_reserved == 1
-        tokens = []
-        async for event in open_prefill(prefill, again, retry.reservation):
-            tokens += event.first_token.token_ids
-        async for event in retry.events:
-            tokens += event.output.token_ids
-    assert tokens == (await compute_locally(decode, make_request(list(request.prompt_token_ids)))).token_ids
+    assert (await decode.engine.stats()).num_reserved == 1
+    assert await tokens_of_retry(prefill, again, retry) == await tokens_alone(decode, request)
     await both_released(prefill, decode)
+
+
+async def test_a_commit_that_is_overtaken_does_not_start_the_next_attempt(
+    prefill: Worker, decode: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the first attempt's KV is being verified, its stream ends and the request is reserved again."""
+    verified, may_go_on = asyncio.Event(), asyncio.Event()
+    verify = decode.server._ranks.verify_reservation
+
+    async def slowly(reservation_id: str, provenance: Provenance) -> None:
+        await verify(reservation_id, provenance)
+        verified.set()
+        await may_go_on.wait()
+
+    monkeypatch.setattr(decode.server._ranks, "verify_reservation", slowly)
+    request = make_request(fresh_prompt(50))
+    decoding = await open_decode(decode, request)
+    prefilling = open_prefill(prefill, request, decoding.reservation)
+    await verified.wait()
+    decoding.call.cancel()
+    again = replace(request, epoch=1)
+    retry = await open_decode(decode, again)
+    may_go_on.set()
+    assert isinstance(await error_of(prefilling), NotFoundError)
+    stats = await decode.engine.stats()
+    assert (stats.num_reserved, stats.num_running) == (1, 0)
+    assert await tokens_of_retry(prefill, again, retry) == await tokens_alone(decode, request)
+    await both_released(prefill, decode)
+
+
+async def tokens_of_retry(prefill: Worker, request: Request, decoding: Decoding) -> list[int]:
+    tokens: list[int] = []
+    async for event in open_prefill(prefill, request, decoding.reservation):
+        tokens += event.first_token.token_ids
+    async for decoded in decoding.events:
+        tokens += decoded.output.token_ids
+    return tokens
+
+
+async def tokens_alone(decode: Worker, request: Request) -> list[int]:
+    return (await compute_locally(decode, replace(request, request_id="alone"))).token_ids

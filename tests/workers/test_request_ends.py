@@ -92,7 +92,7 @@ async def test_cancel_while_the_transfer_hangs(prefill: Worker, decode: Worker) 
         await prefill.released()
         proxy.may_go_on.set()
         # The prefill side has told decode.
-        assert isinstance(await error_of(decoding.events), UnavailableError)
+        assert isinstance(await error_of(decoding.events, within_s=1), UnavailableError)
         await decode.released()
 
 
@@ -145,9 +145,10 @@ async def test_an_abort_storm_leaves_nothing(prefill: Worker, decode: Worker) ->
 
 async def test_a_deadline_frees_a_reservation(decode: Worker) -> None:
     decoding = await open_decode(decode, make_request(fresh_prompt(1500)), timeout=0.3)
-    start = time.monotonic()
-    assert isinstance(await error_of(decoding.events), DeadlineExceededError)
-    assert time.monotonic() - start < 1
+    told = await decode.engine.call(lambda engine: engine.next_deadline)
+    assert told is not None
+    assert 0 < told - time.monotonic() < 0.3  # the engine knows the caller's deadline, not only its own limit
+    assert isinstance(await error_of(decoding.events, within_s=1), DeadlineExceededError)
     await decode.released()
 
 

@@ -15,6 +15,7 @@ import grpc.aio
 import numpy as np
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from fuseline.collectives.kv_transfer import KvSender
 from fuseline.proto.fuseline.v1 import kv_transfer_pb2_grpc, worker_pb2, worker_pb2_grpc
 from fuseline.runtime.config import SchedulerConfig
 from fuseline.runtime.engine_stats import EngineStats
@@ -67,6 +68,8 @@ class Worker(Client):
         self.group = server._group
         assert self.group.kv_receiver is not None
         self.receiver = self.group.kv_receiver
+        first_rank: Any = self.group.executor._links[-1]
+        self.sender: KvSender = first_rank._worker._sender
         self.engine = server._engine
 
     async def until(self, happened: Callable[[EngineStats], bool]) -> None:
@@ -91,6 +94,7 @@ class Worker(Client):
                 "sequences": stats.num_running + stats.num_waiting + stats.num_reserved + stats.num_held,
                 "leases": self.server.num_live,
                 "reservations": self.receiver.stats().num_open,
+                "handoffs": self.sender.stats().num_open,
             }
             if not any(held.values()):
                 break
@@ -224,11 +228,12 @@ async def disaggregate(prefill: Client, decode: Client, request: Request) -> Gen
     return generated
 
 
-async def error_of(events: AsyncIterable[Any]) -> FuselineError:
+async def error_of(events: AsyncIterable[Any], within_s: float = 30) -> FuselineError:
     """The typed error with which a stream ends, after whatever came before."""
     try:
-        async for _ in events:
-            pass
+        async with asyncio.timeout(within_s):
+            async for _ in events:
+                pass
     except grpc.RpcError as error:
         return error_from_rpc(error)
     raise AssertionError("the call ended well")

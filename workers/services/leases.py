@@ -68,10 +68,10 @@ class Leases:
         task.add_done_callback(self._cleanups.discard)
         await asyncio.shield(task)
 
-    async def cleaned_up(self) -> None:
-        """Wait for cleanups that outlived their handlers."""
-        while self._cleanups:
-            await asyncio.wait(self._cleanups)
+    async def cleaned_up(self, timeout_s: float) -> None:
+        """Wait for cleanups that outlived their handlers, at most so long."""
+        if self._cleanups:
+            await asyncio.wait(self._cleanups, timeout=timeout_s)
 
 
 async def _logged(cleanup: Coroutine[Any, Any, None]) -> None:
