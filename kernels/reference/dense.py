@@ -22,9 +22,10 @@ def embedding(token_ids: Tensor, weight: Tensor, vocab_start: int, vocab_size: i
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See ``ops.rms_norm``. Computed in float32, rounded once."""
-    wide = x.float()
-    scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (scaled * weight).to(x.dtype)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    # eps + norm**2 / n: as few passes and temporaries as torch allows.
+    scale = torch.addcmul(torch.full((), eps, device=x.device), norm, norm, value=1 / x.shape[-1]).rsqrt_()
+    return (x * scale).mul_(weight).to(x.dtype)
 
 
 def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -48,15 +49,15 @@ def rotary_cos_sin(positions: Tensor, inv_freq: Tensor, scaling: float) -> tuple
 
 def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """See ``ops.rotary_embedding``. Computed in float32, rounded once."""
-    first, second = x.float().chunk(2, -1)
+    halves = x.float().unflatten(-1, (2, -1))
     cos, sin = cos[:, None], sin[:, None]
-    rotated = torch.cat(
-        (torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)), -1
-    )
-    return rotated.to(x.dtype)
+    rotated = halves * cos[:, :, None]
+    rotated[:, :, 0].addcmul_(halves[:, :, 1], sin, value=-1)
+    rotated[:, :, 1].addcmul_(halves[:, :, 0], sin)
+    return rotated.flatten(-2).to(x.dtype)
 
 
 def silu_and_mul(x: Tensor) -> Tensor:
     """See ``ops.silu_and_mul``."""
     gate, up = x.chunk(2, -1)
-    return F.silu(gate) * up
+    return F.silu(gate).mul_(up)
