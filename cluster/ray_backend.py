@@ -94,7 +94,7 @@ class RayBackend:
             from .controller_actor import MAX_CONCURRENCY, ControllerActor, cluster_nodes
             from .worker_actor import CONTROLLER_NAME
 
-            config = _resolve(config, cluster_nodes())
+            config = resolve(config, cluster_nodes())
             options: dict[str, Any] = {
                 "name": CONTROLLER_NAME,
                 "num_cpus": 0,
@@ -267,8 +267,13 @@ def _shut_down(directory: Path | None) -> None:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def _resolve(config: ClusterConfig, nodes: list[Resources]) -> ClusterConfig:
-    """Decide on the device, and refuse what this cluster cannot do."""
+def resolve(config: ClusterConfig, nodes: list[Resources]) -> ClusterConfig:
+    """Decide on the device, and refuse what a cluster of these nodes cannot do.
+
+    Raises:
+        InvalidArgumentError: it has several, and workers would listen on loopback.
+        ResourceExhaustedError: they are too small.
+    """
     if len(nodes) > 1 and not config.bind_node_address:
         raise InvalidArgumentError(
             f"the Ray cluster has {len(nodes)} nodes, but workers listen on loopback only;"

@@ -163,28 +163,42 @@ def controller_pid() -> int:
 
 
 DRIVER = """
-import signal, sys
-from fuseline.cluster.cluster_config import ClusterConfig
+import asyncio, signal, sys
+from fuseline.cluster.cluster_config import ClusterConfig, PoolConfig
 from fuseline.cluster.ray_backend import RayBackend
 
-with RayBackend.start(ClusterConfig(device="cpu")) as backend:
-    print(backend.log_dir, flush=True)
+with RayBackend.start(ClusterConfig(device="cpu", prefill=PoolConfig(0), ray_address=sys.argv[1])) as backend:
+    status = asyncio.run(backend.controller.status())
+    print(status.config.ray_address or backend.log_dir, flush=True)
     signal.pause()
 """
 
 
-def test_a_driver_that_is_told_to_end_leaves_no_process_behind() -> None:
-    drivers = {
-        signum: subprocess.Popen([sys.executable, "-c", DRIVER], stdout=subprocess.PIPE, text=True)
-        for signum in (signal.SIGTERM, signal.SIGINT)
-    }
-    for signum, driver in drivers.items():
-        assert driver.stdout is not None
-        log_dir = Path(driver.stdout.readline().strip())
-        processes = descendants(driver.pid)
-        assert len(processes) >= 5  # Ray's own at least; some replicas may be starting
-        driver.send_signal(signum)
-        assert driver.wait(60) == (128 + signum if signum is signal.SIGTERM else -signum)
-        driver.stdout.close()
-        assert wait_ended(processes, 0.0) == set()
-        assert not log_dir.exists()
+def start_driver(address: str) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-c", DRIVER, address], stdout=subprocess.PIPE, text=True)
+
+
+def first_line(driver: subprocess.Popen[str]) -> str:
+    assert driver.stdout is not None
+    with driver.stdout as lines:
+        return lines.readline().strip()
+
+
+def test_a_driver_that_is_told_to_end_leaves_no_process_behind(backend: RayBackend) -> None:
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    before = descendants(os.getpid())
+    own, joined = start_driver(""), start_driver(address)
+    log_dir = Path(first_line(own))
+    processes = descendants(own.pid)
+    assert len(processes) >= 5  # Ray's own at least; its replica may be starting
+    own.send_signal(signal.SIGTERM)
+    assert first_line(joined) == address
+    joined.send_signal(signal.SIGINT)
+    assert own.wait(60) == 128 + signal.SIGTERM
+    assert wait_ended(processes, 0.0) == set()
+    assert not log_dir.exists()
+    assert joined.wait(60) == -signal.SIGINT
+    assert wait_ended(descendants(os.getpid()) - before, 10.0) == set()
+    assert before <= descendants(os.getpid())

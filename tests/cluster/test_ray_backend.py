@@ -1,0 +1,42 @@
+"""What is decided before anything is started on Ray; the rest is in test_ray_cluster.py."""
+
+from dataclasses import replace
+
+import pytest
+
+from fuseline.cluster.cluster_config import ClusterConfig, PoolConfig
+from fuseline.cluster.placement import Resources
+from fuseline.cluster.ray_backend import resolve
+from fuseline.runtime.errors import InvalidArgumentError, ResourceExhaustedError
+from fuseline.runtime.sharding import ParallelConfig
+
+CONFIG = ClusterConfig(prefill=PoolConfig(1), decode=PoolConfig(2))
+LAPTOP, GPU_NODE = Resources.of(2, 0), Resources.of(64, 8)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "node", "device"),
+    [
+        (ParallelConfig(), LAPTOP, "cpu"),
+        (ParallelConfig(), GPU_NODE, "cuda"),
+        (ParallelConfig(2, 2), GPU_NODE, "cpu"),  # 9 GPUs would be needed
+        (ParallelConfig(), Resources.of(2, 3), "cpu"),  # ranks on GPUs want a whole core each
+    ],
+)
+def test_gpus_are_used_when_there_are_enough(parallel: ParallelConfig, node: Resources, device: str) -> None:
+    config = replace(CONFIG, decode=PoolConfig(2, parallel))
+    assert resolve(config, [node]) == config.on(device)
+
+
+def test_a_cluster_that_is_too_small_is_refused_with_numbers() -> None:
+    with pytest.raises(ResourceExhaustedError, match=r"3 CPUs and 3 GPUs are needed .* it has 2 CPUs on 1 nodes"):
+        resolve(CONFIG.on("cuda"), [LAPTOP])
+    with pytest.raises(ResourceExhaustedError, match=r"12\.25 CPUs are needed .* it has 2 CPUs on 1 nodes"):
+        resolve(replace(CONFIG, decode=PoolConfig(48)), [LAPTOP])
+
+
+def test_several_nodes_want_workers_that_can_be_reached() -> None:
+    with pytest.raises(InvalidArgumentError, match="the Ray cluster has 2 nodes, but workers listen on loopback"):
+        resolve(CONFIG, [LAPTOP, LAPTOP])
+    reachable = replace(CONFIG, bind_node_address=True)
+    assert resolve(reachable, [LAPTOP, LAPTOP]) == reachable.on("cpu")
