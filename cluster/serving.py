@@ -16,13 +16,14 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
 from .. import __version__
 from ..runtime.config import ModelInfo
 from ..runtime.errors import UnavailableError
-from ..workers.loader import model_info, resolve_model
+from ..workers.loader import model_info, resolve_model, runnable_dtype
 from ..workers.tokenizer import Tokenizer
 from .cluster_config import ClusterConfig, PoolConfig
 from .cluster_service import ClusterService
@@ -54,7 +55,7 @@ def run_cluster(config: ClusterConfig, say: Say) -> None:
     with _signals() as stopping:
         _check_port(config)
         path = resolve_model(config.model)
-        model = model_info(path, config.dtype, config.limits.max_model_len, config.name)
+        model = model_info(path, config.dtype, config.limits.max_model_len, config.name, config.device)
         tokenizer = Tokenizer.load(path)
         say(f"fuseline {__version__} serves {config.name}")
         say(f"{_pool('prefill', config.prefill)}, {_pool('decode', config.decode)}")
@@ -62,6 +63,8 @@ def run_cluster(config: ClusterConfig, say: Say) -> None:
         with RayBackend.start(config) as backend:
             stopping.listen()  # Ray has taken SIGTERM
             stopping.directory = backend.log_dir
+            if config.dtype == "auto":
+                model = replace(model, dtype=runnable_dtype(model.dtype, backend.config.device))
             asyncio.run(_serve(backend, model, tokenizer, stopping, started_at, say))
             say("stopping workers")
     say("stopped")

@@ -33,7 +33,7 @@ from .errors import (
     UnavailableError,
 )
 from .expirations import Expirations
-from .plan import Executor, StepResult
+from .plan import NO_TOKEN, Executor, StepResult
 from .request import FinishReason, Phase, Request, SequenceOutput
 from .request_check import check_request, max_total_tokens
 from .scheduled_step import Chunk, ScheduledStep
@@ -330,7 +330,7 @@ class Engine:
                 f"step {step.plan.step_id} with {num_samples} samples was answered by step {result.step_id}"
                 f" with {len(token_ids)}"
             )
-        if num_samples and not (token_ids.min() >= 0 and token_ids.max() < len(self._is_eos)):
+        if num_samples and not (token_ids.min() >= NO_TOKEN and token_ids.max() < len(self._is_eos)):
             raise InternalError(f"step {result.step_id} sampled a token that is not in the vocabulary")
 
     def _take_up(self, step: ScheduledStep, result: StepResult, outputs: list[SequenceOutput]) -> None:
@@ -348,7 +348,10 @@ class Engine:
     ) -> None:
         """One token for each row, except those of sequences that ended meanwhile. The engine's hottest code."""
         table, tokens = self._store.table, result.token_ids[: len(seqs)]
-        if self._store.has_ending:
+        if self._store.has_ending or tokens.min() == NO_TOKEN:
+            for seq, token in zip(seqs, tokens.tolist(), strict=True):
+                if token == NO_TOKEN and not seq.has_ended:
+                    outputs.append(self._finish_undefined(seq))
             live = [i for i, seq in enumerate(seqs) if not seq.has_ended]
             rows, tokens, seqs = rows[live], tokens[live], [seqs[i] for i in live]
         num_tokens = table.num_tokens[rows] + 1
@@ -377,10 +380,18 @@ class Engine:
                     self._num_finished += 1
                     self._drop(seqs[i])
 
+    def _finish_undefined(self, seq: Sequence) -> SequenceOutput:
+        """Overflow in 16-bit floats, or a damaged weight, made logits that name no token."""
+        error = f"the model's logits at position {seq.num_tokens} are not finite"
+        return self._finish(seq, FinishReason.ERROR, ErrorCode.INTERNAL, error)
+
     def _take_up_chunk(
         self, chunk: Chunk, token: int | None, result: StepResult, outputs: list[SequenceOutput]
     ) -> None:
         seq = chunk.seq
+        if token == NO_TOKEN:
+            outputs.append(self._finish_undefined(seq))
+            return
         self._store.cache.register(seq, chunk.end)
         if seq.prompt_logprobs is not None:
             seq.prompt_logprobs += result.prompt_logprobs.get(seq.row, ())

@@ -19,6 +19,9 @@ from .sampling_params import SamplingParams
 
 Int32Array = NDArray[np.int32]
 
+NO_TOKEN = -1
+"""Stands in a result for the token of a row whose logits are not finite; that sequence ends, its batch does not."""
+
 
 @dataclass(frozen=True, slots=True)
 class AdmittedSequence:
@@ -80,7 +83,7 @@ class StepResult:
     """Answer to a plan.
 
     Attributes:
-        token_ids: int32[m], the sampled tokens of the rows with ``samples`` set, in batch order.
+        token_ids: int32[m], the sampled tokens (or ``NO_TOKEN``) of the rows with ``samples`` set, in batch order.
         logprobs: by row, for rows whose request asked for them.
         prompt_logprobs: by row, of the prompt positions that this step computed, for rows that asked.
     """

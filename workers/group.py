@@ -33,7 +33,8 @@ class GroupConfig:
         model: "demo", a directory, or the id of a Hugging Face repository.
         name: it is served under; the directory's name when empty.
         device: "cpu", "cuda", or "auto" for cuda where there is one.
-        dtype: of weights, computation and KV cache; "auto" takes the checkpoint's.
+        dtype: of weights, computation and KV cache; "auto" takes the checkpoint's, or float32 on a CPU without
+            instructions for that.
         max_model_len: None takes what the model was made for.
         num_kv_blocks: None takes what ``kv_cache_memory_bytes`` has room for.
         kv_cache_memory_bytes: per rank. None: what ``gpu_memory_utilization`` leaves on a GPU; on a CPU an eighth of
@@ -130,7 +131,7 @@ class ModelGroup:
         launcher = launcher or LocalLauncher()
         device = _resolve_device(config.device)
         path = resolve_model(config.model)
-        info = model_info(path, config.dtype, config.max_model_len, config.name)
+        info = model_info(path, config.dtype, config.max_model_len, config.name, device)
         parallel, scheduler = config.parallel, config.scheduler
         check_shardable(info.shape, parallel)
         load = LoadModel(

@@ -115,7 +115,8 @@ class LLM:
     Args:
         model: "demo" for the bundled one, a directory, or the id of a Hugging Face repository.
         device: "cpu", "cuda", or "auto" for cuda where there is one.
-        dtype: "float32", "bfloat16", "float16", or "auto" for the checkpoint's.
+        dtype: "float32", "bfloat16", "float16", or "auto" for the checkpoint's, or float32 on a CPU without
+            instructions for that.
         max_model_len: most tokens of a sequence, prompt and output; None takes what the model was made for.
         max_num_seqs: most sequences that run at once.
         max_num_batched_tokens: most tokens that one step computes.

@@ -55,11 +55,14 @@ def resolve_model(name_or_path: str) -> Path:
         ) from error
 
 
-def model_info(path: Path, dtype: str = "auto", max_model_len: int | None = None, name: str = "") -> ModelInfo:
+def model_info(
+    path: Path, dtype: str = "auto", max_model_len: int | None = None, name: str = "", device: str = "cpu"
+) -> ModelInfo:
     """Describe the model in a directory; reads headers and samples, not the weights.
 
     Args:
-        dtype: to run in; "auto" takes the checkpoint's.
+        dtype: to run in; "auto" takes the checkpoint's if the device computes in it, see ``runnable_dtype``.
+        device: to run on; only "cpu" matters.
         max_model_len: None takes ``max_position_embeddings``.
         name: that it is served under; the directory's when empty.
 
@@ -73,6 +76,7 @@ def model_info(path: Path, dtype: str = "auto", max_model_len: int | None = None
         fingerprint = checkpoint.fingerprint((path / "config.json").read_bytes())
         if dtype == "auto":
             dtype = config.dtype or _stored_dtype(checkpoint, config)
+            dtype = runnable_dtype(dtype, device)
     parse_dtype(dtype)
     max_model_len = config.resolve_max_model_len(max_model_len)
     return ModelInfo(
@@ -84,6 +88,19 @@ def model_info(path: Path, dtype: str = "auto", max_model_len: int | None = None
         eos_token_ids=config.eos_token_ids,
         kv_depends_on_prompt_len=config.rope.kind == "dynamic" and max_model_len > config.max_position_embeddings,
     )
+
+
+def runnable_dtype(dtype: str, device: str) -> str:
+    """What "auto" means for a checkpoint of ``dtype``: the same, unless this CPU would have to emulate it.
+
+    Without 16-bit float instructions a matrix product takes several times as long as with float32 copies.
+    """
+    if device == "cpu" and (
+        (dtype == "bfloat16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        or (dtype == "float16" and not torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    ):
+        return "float32"
+    return dtype
 
 
 def load_model(

@@ -27,12 +27,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..runtime.plan import Int32Array
+from ..runtime.plan import NO_TOKEN, Int32Array
 from ..runtime.request import TokenLogprobs
 from ..runtime.sampling_params import SamplingParams
-
-NO_TOKEN = -1
-"""Stands for the token of a row whose logits are not finite."""
 
 _KEY_BITS = 62  # of a weight and a token id together, or of the sum of all weights
 _CHUNK_ELEMENTS = 1 << 22  # float64 and int64 temporaries stay below some 100 MiB

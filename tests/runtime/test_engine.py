@@ -12,7 +12,7 @@ from fuseline.runtime.errors import (
     ResourceExhaustedError,
     UnavailableError,
 )
-from fuseline.runtime.plan import StepResult
+from fuseline.runtime.plan import NO_TOKEN, StepResult
 from fuseline.runtime.prefix_cache import prefix_hashes, prefix_salt, truncate_hash
 from fuseline.runtime.request import FinishReason, Phase, TokenLogprobs
 from fuseline.runtime.sampling_params import SamplingParams
@@ -129,6 +129,32 @@ def test_no_end_counts_before_min_tokens() -> None:
     driver.run()
     assert driver.tokens("a") == [EOS] * 4
     assert driver.reason("a") is FinishReason.STOP
+
+
+@pytest.mark.parametrize("at_step", [0, 2])
+def test_a_row_without_a_token_ends_alone(at_step: int) -> None:
+    driver = Driver()
+    driver.add("bad")
+    driver.add("good")
+    alone = Driver()
+    alone.add("good")
+    alone.run()
+    collect = driver.executor.collect
+
+    def undefined() -> StepResult:
+        result = collect()
+        if result.step_id == at_step:
+            result.token_ids[0] = NO_TOKEN
+        return result
+
+    driver.executor.collect = undefined  # type: ignore[method-assign]
+    driver.run()
+    end = driver.outputs["bad"][-1]
+    assert (end.finish_reason, end.error_code) == (FinishReason.ERROR, ErrorCode.INTERNAL)
+    assert "not finite" in end.error
+    assert len(driver.tokens("bad")) == at_step
+    assert driver.tokens("good") == alone.tokens("good")
+    assert driver.engine.stats().num_free_blocks == driver.engine.stats().num_total_blocks
 
 
 def test_logprobs_and_prompt_logprobs_come_with_their_tokens_once() -> None:
@@ -348,7 +374,7 @@ def test_whoever_drives_the_engine_can_fail_it() -> None:
         (StepResult(1, np.array([3], np.int32)), "step 0 with 1 samples was answered by step 1"),
         (StepResult(0, np.array([3, 4], np.int32)), "with 2"),
         (StepResult(0, np.array([50], np.int32)), "not in the vocabulary"),
-        (StepResult(0, np.array([-1], np.int32)), "not in the vocabulary"),
+        (StepResult(0, np.array([-2], np.int32)), "not in the vocabulary"),
     ],
 )
 def test_an_answer_that_does_not_fit_fails_the_group(result: StepResult, message: str) -> None:

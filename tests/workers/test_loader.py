@@ -177,7 +177,7 @@ def whole(driver: Driver, token_ids: list[int]) -> list[torch.Tensor]:
 def test_model_info(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, build_model("qwen3", eos_token_id=[2, 5]), dtype=torch.bfloat16)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 2]}))
-    info = model_info(tmp_path)
+    info = model_info(tmp_path, device="cuda")
     assert (info.name, info.dtype, info.max_model_len) == (tmp_path.name, "bfloat16", 256)
     assert info.eos_token_ids == (2, 5, 7)
     assert (info.shape.num_layers, info.shape.num_kv_heads, info.shape.vocab_size) == (3, 2, 101)
@@ -204,7 +204,18 @@ def test_prefixes_are_not_shared_where_rope_depends_on_the_length_of_the_prompt(
 def test_the_dtype_is_that_of_the_weights_when_the_configuration_does_not_say(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, build_model("llama"), dtype=torch.float16)
     edit_config(tmp_path, dtype=...)
-    assert model_info(tmp_path).dtype == "float16"
+    assert model_info(tmp_path, device="cuda").dtype == "float16"
+
+
+def test_a_cpu_without_16_bit_instructions_runs_in_float32_unless_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_checkpoint(tmp_path, build_model("llama"), dtype=torch.bfloat16)
+    for native, dtype in ((False, "float32"), (True, "bfloat16")):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda native=native: native)
+        assert model_info(tmp_path, device="cpu").dtype == dtype
+        assert model_info(tmp_path, "bfloat16", device="cpu").dtype == "bfloat16"
+        assert model_info(tmp_path, device="cuda").dtype == "bfloat16"
 
 
 # How a model is found.

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from fuseline.collectives.communicator import GroupCommunicators, SoloCommunicator
 from fuseline.runtime.config import CacheConfig, EngineConfig, SchedulerConfig
 from fuseline.runtime.errors import InternalError
-from fuseline.runtime.plan import AdmittedSequence, Int32Array, StepPlan, StepResult
+from fuseline.runtime.plan import NO_TOKEN, AdmittedSequence, Int32Array, StepPlan, StepResult
 from fuseline.runtime.sampling_params import SamplingParams
 from fuseline.runtime.sharding import ParallelConfig
 from fuseline.tests.checkpoints import reference_greedy, reference_logits
@@ -22,7 +22,6 @@ from fuseline.tests.workers.llm_cases import write_tiny
 from fuseline.workers.loader import load_model, model_info
 from fuseline.workers.model_runner import ModelRunner
 from fuseline.workers.models.registry import load_model_config
-from fuseline.workers.sampler import NO_TOKEN
 
 Tiny = tuple[Path, PreTrainedModel]
 PROMPT = tuple(range(10, 21))

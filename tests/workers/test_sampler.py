@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from fuseline.runtime.plan import NO_TOKEN
 from fuseline.runtime.sampling_params import SamplingParams
-from fuseline.workers.sampler import NO_TOKEN, Sampler, SamplingRow, token_logprobs, uniforms
+from fuseline.workers.sampler import Sampler, SamplingRow, token_logprobs, uniforms
 
 VOCAB = 97
 EOS = 3
