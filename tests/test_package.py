@@ -18,8 +18,8 @@ def test_the_wheel_holds_what_git_tracks(tmp_path: Path) -> None:
         pytest.skip("not a git checkout")
     source = tmp_path / "source"
     subprocess.run(["git", "clone", "--quiet", ROOT, source], check=True)
-    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", tmp_path, source]
-    subprocess.run(build, check=True, capture_output=True)
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q"]
+    subprocess.run([*build, "-w", str(tmp_path), str(source)], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     packed = {
         name.removeprefix("fuseline/") for name in zipfile.ZipFile(wheel).namelist() if name.startswith("fuseline/")

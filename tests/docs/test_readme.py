@@ -35,7 +35,7 @@ def run_python(code: str) -> str:
 def port() -> Iterator[int]:
     """The README's cluster, on a port of the system's choice; must be over when the README has stopped it."""
     (serve,) = [line for line in shell_lines() if line[:2] == ["fuseline", "serve"]]
-    command = [BIN / serve[0], *serve[1:], "--grpc-port", "0"]
+    command = [str(BIN / serve[0]), *serve[1:], "--grpc-port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         assert process.stdout is not None
         try:
@@ -72,7 +72,7 @@ def test_the_cluster_s_commands_and_client_work_in_order(port: int) -> None:
     operate = [line for line in shell_lines() if line[0] == "fuseline" and line[1] != "serve"]
     assert [line[1] for line in operate] == ["generate", "scale", "status", "stop"]
     for line in operate:
-        command = [BIN / line[0], *line[1:], "--address", f"127.0.0.1:{port}"]
+        command = [str(BIN / line[0]), *line[1:], "--address", f"127.0.0.1:{port}"]
         answer = subprocess.run(command, capture_output=True, text=True, timeout=120)
         assert answer.returncode == 0, f"{line}: {answer.stderr}"
         assert answer.stdout.strip(), line
