@@ -18,8 +18,8 @@ from collections.abc import Iterable
 import torch
 
 from .errors import KernelArgumentError
-from .reference import attention, blocks, dense
-from .reference.attention import AttentionPlan, KvGeometry
+from .reference import attention, attention_plan, blocks, dense
+from .reference.attention_plan import AttentionPlan, KvGeometry
 from .types import FLOAT_DTYPES, AttentionSpec, AttentionWeights, MlpWeights, StepMetadata
 
 Tensor = torch.Tensor
@@ -157,7 +157,7 @@ def plan_attention(
         Valid for this step and caches of this shape only; holds on to the step's tensors.
     """
     _check_step(step, kv_cache)
-    return attention.plan_attention(step, KvGeometry.of(kv_cache[0]), windows, dtype)
+    return attention_plan.plan_attention(step, KvGeometry.of(kv_cache[0]), windows, dtype)
 
 
 def kv_store(key: Tensor, value: Tensor, kv_layer: Tensor, plan: AttentionPlan) -> None:

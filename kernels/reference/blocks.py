@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from ..types import AttentionSpec, AttentionWeights, MlpWeights
-from .attention import AttentionPlan, kv_store, paged_attention
+from .attention import kv_store, paged_attention
+from .attention_plan import AttentionPlan
 from .dense import add_rms_norm, linear, rms_norm, rotary_embedding, silu_and_mul
 
 Tensor = torch.Tensor

@@ -49,12 +49,12 @@ def rotary_cos_sin(positions: Tensor, inv_freq: Tensor, scaling: float) -> tuple
 
 def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """See ``ops.rotary_embedding``. Computed in float32, rounded once."""
-    halves = x.float().unflatten(-1, (2, -1))
+    halves = x.float().view(x.shape[0], x.shape[1], 2, -1)
     cos, sin = cos[:, None], sin[:, None]
     rotated = halves * cos[:, :, None]
     rotated[:, :, 0].addcmul_(halves[:, :, 1], sin, value=-1)
     rotated[:, :, 1].addcmul_(halves[:, :, 0], sin)
-    return rotated.flatten(-2).to(x.dtype)
+    return rotated.view(x.shape).to(x.dtype)
 
 
 def silu_and_mul(x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fuseline.kernels import ops
 from fuseline.kernels.ops import AttentionPlan, KernelArgumentError, StepMetadata
-from fuseline.kernels.reference import attention
+from fuseline.kernels.reference import attention_plan
 
 Work = list[tuple[int, int]]
 HEAD_DIM = 16
@@ -175,7 +175,7 @@ def test_a_rows_result_does_not_depend_on_the_others_beyond_rounding() -> None:
 
 
 def test_groups_of_decodes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "GROUP_TOKENS", 1024)
+    monkeypatch.setattr(attention_plan, "GROUP_TOKENS", 1024)
     work = [(draw, 1) for draw in random.Random(3).choices(range(1, 400), k=30)]
     case = build(work)
     groups = case.plan().work[None].groups
