@@ -18,6 +18,7 @@ from .config_fields import ConfigFields
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_ROPE_THETA = 10000.0
+MAX_LAYERS = 4096
 ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "llama3")
 
 
@@ -160,7 +161,7 @@ def common_config(
     max_position = fields.integer("max_position_embeddings")
     return DecoderConfig(
         architecture=architecture,
-        num_layers=fields.integer("num_hidden_layers"),
+        num_layers=num_layers(fields),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
@@ -181,6 +182,11 @@ def common_config(
     )
 
 
+def num_layers(fields: ConfigFields) -> int:
+    """``num_hidden_layers``, bounded so that lists by layer stay small whatever a file claims."""
+    return fields.integer("num_hidden_layers", maximum=MAX_LAYERS)
+
+
 def default_head_dim(fields: ConfigFields) -> int:
     """``head_dim``, else the hidden size divided among the heads."""
     hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
@@ -194,18 +200,18 @@ def windows_by_layer(fields: ConfigFields) -> tuple[int | None, ...]:
 
     The window exists only with ``use_sliding_window``.
     """
-    num_layers = fields.integer("num_hidden_layers")
+    layers = num_layers(fields)
     window = None
     if fields.flag("use_sliding_window", default=False) and "sliding_window" in fields:
         window = fields.integer("sliding_window")
     if "layer_types" not in fields:
         if window is None:
-            return (None,) * num_layers
+            return (None,) * layers
         full = fields.integer("max_window_layers", minimum=0)
-        return tuple(None if layer < full else window for layer in range(num_layers))
+        return tuple(None if layer < full else window for layer in range(layers))
     layer_types = fields.texts("layer_types")
-    if len(layer_types) != num_layers:
-        raise fields.error("layer_types", f"one entry for each of num_hidden_layers={num_layers} layers")
+    if len(layer_types) != layers:
+        raise fields.error("layer_types", f"one entry for each of num_hidden_layers={layers} layers")
     if not set(layer_types) <= {"full_attention", "sliding_attention"}:
         raise fields.error("layer_types", "made of full_attention and sliding_attention")
     if "sliding_attention" in layer_types and window is None:

@@ -70,13 +70,13 @@ class ConfigFields:
         """Whether the field is there, be it null."""
         return field in self._values
 
-    def integer(self, field: str, default: int | None = None, minimum: int = 1) -> int:
-        """An integer of at least ``minimum``; required unless it has a default."""
+    def integer(self, field: str, default: int | None = None, minimum: int = 1, maximum: int = 2**31 - 1) -> int:
+        """An integer from ``minimum`` to ``maximum``; required unless it has a default."""
         value = self._values.get(field)
         if value is None and default is not None:
             return default
-        if type(value) is not int or value < minimum:
-            raise self.error(field, f"an integer of at least {minimum}")
+        if type(value) is not int or not minimum <= value <= maximum:
+            raise self.error(field, f"an integer from {minimum} to {maximum}")
         return value
 
     def number(self, field: str, default: float | None = None) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .config import DecoderConfig, common_config, default_head_dim
+from .config import DecoderConfig, common_config, default_head_dim, num_layers
 from .config_fields import ConfigFields
 
 ARCHITECTURE = "LlamaForCausalLM"
@@ -16,7 +16,7 @@ def decoder_config(fields: ConfigFields) -> DecoderConfig:
         ARCHITECTURE,
         num_kv_heads=fields.integer("num_key_value_heads", default=fields.integer("num_attention_heads")),
         head_dim=default_head_dim(fields),
-        sliding_windows=(None,) * fields.integer("num_hidden_layers"),
+        sliding_windows=(None,) * num_layers(fields),
         qkv_bias=attention_bias,
         attention_out_bias=attention_bias,
         mlp_bias=fields.flag("mlp_bias", default=False),

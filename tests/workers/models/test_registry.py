@@ -110,6 +110,7 @@ def test_eos_ids_of_both_files_are_merged(tmp_path: Path) -> None:
         (LLAMA, {"hidden_size": None}, "hidden_size", "None"),
         (LLAMA, {"vocab_size": 0}, "vocab_size", "0"),
         (LLAMA, {"num_hidden_layers": 2.5}, "num_hidden_layers", "2.5"),
+        (LLAMA, {"num_hidden_layers": 10**9}, "num_hidden_layers", "1000000000"),
         (LLAMA, {"num_hidden_layers": True}, "num_hidden_layers", "True"),
         (LLAMA, {"num_key_value_heads": 5}, "num_key_value_heads", "5"),
         (LLAMA, {"hidden_size": 4100}, "hidden_size", "4100"),
