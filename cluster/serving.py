@@ -35,6 +35,7 @@ from .ray_backend import RayBackend
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LONG_POLL_S = 10.0
+RAY_CONNECT_TIMEOUT_S = 5.0
 MAX_GRACE_S = 30.0  # for streams to end when the cluster does; a longer drain_timeout is for replicas that leave it
 PREFILL_QUEUE_STEPS = 4  # a prefill worker's queue is kept below so many full steps
 
@@ -54,6 +55,7 @@ def run_cluster(config: ClusterConfig, say: Say) -> None:
     started_at = time.monotonic()
     with _signals() as stopping:
         _check_port(config)
+        _check_ray(config.ray_address)
         path = resolve_model(config.model)
         model = model_info(path, config.dtype, config.limits.max_model_len, config.name, config.device)
         tokenizer = Tokenizer.load(path)
@@ -207,3 +209,19 @@ def _check_port(config: ClusterConfig) -> None:
             raise UnavailableError(
                 f"cannot listen on {config.host}:{config.port}: {error.strerror or error}", field="grpc_port"
             ) from error
+
+
+def _check_ray(address: str) -> None:
+    """Refuse a Ray cluster that nobody answers for: Ray itself would go on trying for ever.
+
+    Raises:
+        UnavailableError: nothing listens there.
+    """
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdecimal():
+        return  # "auto", or none
+    try:
+        socket.create_connection((host, int(port)), RAY_CONNECT_TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UnavailableError(f"no Ray cluster answers at {address}: {reason}", field="ray_address") from error

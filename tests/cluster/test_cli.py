@@ -60,6 +60,11 @@ def test_it_says_what_there_is(run: Run) -> None:
         ("serve demo --block-size 0", 2, "block_size must be between"),
         ("serve demo --prefil 2", 2, "No such option: --prefil"),
         ("serve /no/such/model", 1, "'/no/such/model' is not a directory"),
+        (
+            "serve demo --grpc-port 0 --ray-address 127.0.0.1:1",
+            1,
+            "no Ray cluster answers at 127.0.0.1:1: Connection",
+        ),
         ("serve", 2, "Missing argument"),
         ("serv demo", 2, "No such command 'serv'"),
         ("generate x --temperature -1", 2, "temperature must be in [0.0, 100.0], got -1.0"),
