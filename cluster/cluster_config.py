@@ -152,6 +152,13 @@ class ClusterConfig:
         check_num_replicas("decode", self.decode.num_replicas, 1)
         if not self.model:
             raise InvalidArgumentError("model must not be empty", field="model", value=self.model)
+        if "://" in self.ray_address:
+            raise InvalidArgumentError(
+                "ray_address must be auto or host:port, reached from a node of that cluster;"
+                f" got {self.ray_address!r}, which is for Ray's client",
+                field="ray_address",
+                value=self.ray_address,
+            )
         if not self.host:
             raise InvalidArgumentError("host must not be empty", field="host", value=self.host)
         if not 0 <= self.port <= 65535:

@@ -40,6 +40,12 @@ def descendants(pid: int) -> set[Process]:
     return result
 
 
+def family(word: str) -> set[Process]:
+    """Descendants of this process with ``word`` in their command line, and all that descend from those."""
+    roots = {process for process in descendants(os.getpid()) if word.encode() in _command_line(process.pid)}
+    return roots.union(*(descendants(process.pid) for process in roots))
+
+
 def is_alive(process: Process) -> bool:
     """Whether it still runs."""
     found = _read(process.pid)
@@ -73,3 +79,10 @@ def _read(pid: int) -> tuple[int, Process] | None:
         return None
     state, parent, start_ticks = fields[0], int(fields[1]), int(fields[19])
     return None if state in "ZX" else (parent, Process(pid, start_ticks))
+
+
+def _command_line(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""

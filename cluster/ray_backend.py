@@ -30,7 +30,7 @@ from .cluster_config import ClusterConfig
 from .membership import MembershipView
 from .messages import ControllerStatus, Count, Done, pack, unpack
 from .placement import Resources, check_room
-from .processes import descendants, end_all
+from .processes import end_all, family
 from .reconcile import Target
 
 if TYPE_CHECKING:
@@ -87,6 +87,8 @@ class RayBackend:
             UnavailableError: Ray cannot be started or reached.
             InvalidArgumentError: the cluster has several nodes, and the configuration keeps workers on loopback.
         """
+        if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+            raise UnavailableError("this process is already connected to a Ray cluster")
         namespace = f"fuseline-{secrets.token_hex(4)}"
         directory = None if config.ray_address else Path(tempfile.mkdtemp(prefix="fuseline-ray-"))
         try:
@@ -219,22 +221,13 @@ def _private_ray(directory: Path, namespace: str) -> Any:
         namespace=namespace,
         include_dashboard=False,
         object_store_memory=OBJECT_STORE_BYTES,
-        runtime_env=_runtime_env(),
         _temp_dir=str(directory),
     )
 
 
 def _joined_ray(address: str, namespace: str) -> Any:
     """Connect to a Ray cluster that others run; returns the module."""
-    return _init(address=address, namespace=namespace, runtime_env=_runtime_env())
-
-
-def _runtime_env() -> dict[str, str]:
-    """Ray would put this process's directory on the path of its workers, where a bare ``runtime`` or ``proto`` might
-    lie beside fuseline's; an empty directory keeps it off."""
-    empty = Path(tempfile.gettempdir()) / "fuseline-empty"
-    empty.mkdir(exist_ok=True)
-    return {"working_dir": str(empty)}
+    return _init(address=address, namespace=namespace)
 
 
 def _init(**options: Any) -> Any:
@@ -242,7 +235,11 @@ def _init(**options: Any) -> Any:
 
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+        # Ray would put this process's folder on the path of its workers, where a bare ``runtime`` or ``proto`` might
+        # lie beside fuseline's. An empty folder, copied to the workers now, keeps it off.
+        with tempfile.TemporaryDirectory() as empty:
+            environment = {"working_dir": empty}
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, runtime_env=environment, **options)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise UnavailableError(f"Ray cannot be started or reached: {error}") from error
     finally:
@@ -260,7 +257,7 @@ def _shut_down(directory: Path | None) -> None:
     """Leave Ray; with a directory it is a private one: wait until its processes are gone, then remove its files."""
     import ray
 
-    processes = descendants(os.getpid()) if directory else set()
+    processes = family(str(directory)) if directory else set()
     ray.shutdown()
     if directory:
         end_all(processes, PROCESSES_END_S)

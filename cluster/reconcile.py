@@ -222,7 +222,12 @@ def reconcile(
         surplus = max(len(live) - target.size(pool), 0)
         role = target.role(pool)
         changes += [retire(replica) for replica in live[:surplus]]
-        changes += [SetRole(replica.worker_id, role) for replica in live[surplus:] if replica.role is not role]
+        # One that starts may have no process yet that could be told; it is told when it is ready.
+        changes += [
+            SetRole(replica.worker_id, role)
+            for replica in live[surplus:]
+            if replica.role is not role and replica.state is ReplicaState.READY
+        ]
         for slot in _free_slots(pool, live, target.size(pool) - len(live)):
             in_use.add(slot)
             retry_at = histories.get(slot, SlotHistory()).retry_at

@@ -18,6 +18,7 @@ from fuseline.runtime.role import WorkerRole
         (lambda: PoolConfig(num_cpus_per_rank=0), "num_cpus_per_rank"),
         (lambda: ClusterConfig(model=""), "model"),
         (lambda: ClusterConfig(host=""), "host"),
+        (lambda: ClusterConfig(ray_address="ray://head:10001"), "ray_address"),
         (lambda: ClusterConfig(port=65536), "port"),
         (lambda: ClusterConfig(start_timeout_s=0), "start_timeout_s"),
         (lambda: EngineLimits(max_model_len=0), "max_model_len"),

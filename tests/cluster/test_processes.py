@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from fuseline.cluster.processes import Process, descendants, end_all, is_alive, wait_ended
+from fuseline.cluster.processes import Process, descendants, end_all, family, is_alive, wait_ended
 
 SLEEP = "import time; time.sleep(60)"
 # A child that has a child of its own; the name of the process is meant to mislead a careless parser.
@@ -33,10 +33,17 @@ def test_children_and_their_children_are_found_and_ended(child: subprocess.Popen
     grandchild = int(child.stdout.readline())
     found = descendants(os.getpid())
     assert {child.pid, grandchild} <= {process.pid for process in found}
-    family = {process for process in found if process.pid in (child.pid, grandchild)}
-    assert wait_ended(family, 0.05) == family
-    end_all(family, 0.0)
-    assert wait_ended(family, 10.0) == set()
+    both = {process for process in found if process.pid in (child.pid, grandchild)}
+    assert wait_ended(both, 0.05) == both
+    end_all(both, 0.0)
+    assert wait_ended(both, 10.0) == set()
+
+
+def test_a_family_is_known_by_a_word_of_its_elders(child: subprocess.Popen[str]) -> None:
+    assert child.stdout is not None
+    grandchild = int(child.stdout.readline())
+    assert {process.pid for process in family("import subprocess, sys")} == {child.pid, grandchild}
+    assert family("no such word") == set()
 
 
 def test_another_process_with_the_same_id_is_not_the_one_that_was_meant() -> None:
