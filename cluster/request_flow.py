@@ -106,9 +106,8 @@ class _Leg:
         Raises:
             _LegError: the stream failed or ended.
         """
-        reading = self.reading()
         try:
-            event = await reading
+            event = await (self._reading or anext(self._events))
         except grpc.RpcError as error:
             raise _LegError(self.worker_id, error_from_rpc(error)) from None
         except StopAsyncIteration:

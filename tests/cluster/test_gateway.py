@@ -111,6 +111,15 @@ async def test_a_stop_string_cuts_the_text_and_ends_both_legs(cluster: LiveClust
     await cluster.empties()
 
 
+async def test_a_sequence_of_one_token_is_over_with_prefill(cluster: LiveCluster) -> None:
+    result = await cluster.client.complete(LONG_PROMPT, SamplingParams(max_tokens=1, n=3))
+    for completion in result.completions:
+        assert len(completion.token_ids) == 1
+        assert completion.finish_reason is FinishReason.LENGTH
+        assert (completion.summary.tpot_s, completion.summary.num_retries) == (0, 0)
+    await cluster.empties()
+
+
 async def test_logprobs_come_with_every_token(cluster: LiveCluster) -> None:
     params = SamplingParams(temperature=0, max_tokens=5, logprobs=3, prompt_logprobs=1, n=2)
     result = await cluster.client.complete(PROMPT, params)
