@@ -27,7 +27,7 @@ from .controller import Controller
 from .messages import Count, Done, ReplicaReport, WorkerSpec, pack, unpack
 from .placement import STRATEGY, Resources, place
 from .reconcile import Target
-from .worker_actor import CONTROLLER_NAME, WorkerActor, _log_to_stderr
+from .worker_actor import CONTROLLER_NAME, WorkerActor, log_to_stderr
 
 TARGET_KEY = b"target"
 STOP_CALL_S = 10.0  # for a worker to end in order before it is killed
@@ -41,7 +41,7 @@ class ControllerActor:
     """A ``Controller`` in a process of its own. Every method answers with a packed message, errors included."""
 
     def __init__(self, config: bytes) -> None:
-        _log_to_stderr()
+        log_to_stderr()
         namespace = ray.get_runtime_context().namespace
         self._store = GcsTargetStore(namespace)
         self._controller = Controller(unpack(config, ClusterConfig), RayReplicas(namespace), self._store)

@@ -41,7 +41,7 @@ class RankActor:
         from ..workers.rank import run_rank
         from ..workers.rank_protocol import BOOTSTRAP_CODEC
 
-        _log_to_stderr()
+        log_to_stderr()
         run_rank(BOOTSTRAP_CODEC.decode(bootstrap))
 
 
@@ -112,7 +112,7 @@ class WorkerActor:
     """A replica's first rank. Every method answers with a packed message, errors included; see messages.py."""
 
     def __init__(self, spec: bytes) -> None:
-        _log_to_stderr()
+        log_to_stderr()
         self._spec = unpack(spec, WorkerSpec)
         group = get_current_placement_group()
         if group is None:
@@ -187,6 +187,6 @@ def _controller_exists() -> bool:
     return True
 
 
-def _log_to_stderr() -> None:
+def log_to_stderr() -> None:
     """Ray keeps each process's standard error in a file of its session."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
