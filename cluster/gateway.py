@@ -33,6 +33,7 @@ from .worker_pool import WorkerPool
 
 INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 CLUSTER = cluster_pb2.DESCRIPTOR.services_by_name["Cluster"].full_name
+SPARE_RPCS = 256  # beside those of admitted requests: ones about to be refused, health watchers, operators
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,11 @@ class GatewayConfig:
     enable_prefix_caching: bool = True
     max_queued_tokens: int = 8192
     max_num_sequences: int = 4096
+
+
+def join_address(host: str, port: int) -> str:
+    """``host:port``, with brackets around an IPv6 address."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 class Gateway:
@@ -99,7 +105,8 @@ class Gateway:
         Raises:
             UnavailableError: the address cannot be listened on.
         """
-        server = grpc.aio.server(options=SERVER_OPTIONS)
+        max_rpcs = self._config.max_num_sequences + SPARE_RPCS
+        server = grpc.aio.server(options=SERVER_OPTIONS, maximum_concurrent_rpcs=max_rpcs)
         inference_pb2_grpc.add_InferenceServicer_to_server(self.inference, server)
         names = [INFERENCE, health.SERVICE_NAME, reflection.SERVICE_NAME]
         if self._cluster_service is not None:
@@ -107,7 +114,7 @@ class Gateway:
             names.append(CLUSTER)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection(names, server)
-        address = f"{self._config.host}:{self._config.port}"
+        address = join_address(self._config.host, self._config.port)
         try:
             port = server.add_insecure_port(address)
         except RuntimeError as error:

@@ -109,7 +109,11 @@ class _Leg:
         try:
             event = await (self._reading or anext(self._events))
         except grpc.RpcError as error:
-            raise _LegError(self.worker_id, error_from_rpc(error)) from None
+            typed = error_from_rpc(error)
+            if isinstance(typed, UnavailableError) and not typed.details:  # gRPC's word, not the worker's
+                typed = UnavailableError(f"worker {self.worker_id} was lost: {typed.message}")
+            typed.details.setdefault("worker_id", self.worker_id)
+            raise _LegError(self.worker_id, typed) from None
         except StopAsyncIteration:
             early = UnavailableError(f"worker {self.worker_id} ended the stream early", worker_id=self.worker_id)
             raise _LegError(self.worker_id, early) from None

@@ -25,9 +25,9 @@ from ..runtime.config import ModelInfo
 from ..runtime.errors import UnavailableError
 from ..workers.loader import model_info, resolve_model, runnable_dtype
 from ..workers.tokenizer import Tokenizer
-from .cluster_config import ClusterConfig, PoolConfig
+from .cluster_config import ClusterConfig, PoolConfig, is_loopback
 from .cluster_service import ClusterService
-from .gateway import Gateway, GatewayConfig
+from .gateway import Gateway, GatewayConfig, join_address
 from .membership import ReplicaState
 from .messages import ControllerStatus
 from .processes import descendants, end_all
@@ -61,6 +61,8 @@ def run_cluster(config: ClusterConfig, say: Say) -> None:
         tokenizer = Tokenizer.load(path)
         say(f"fuseline {__version__} serves {config.name}")
         say(f"{_pool('prefill', config.prefill)}, {_pool('decode', config.decode)}")
+        if not is_loopback(config.host):
+            say(f"listening on {config.host}: whoever can reach this address can use, scale and stop the cluster")
         say(f"joining Ray at {config.ray_address}" if config.ray_address else "starting Ray")
         with RayBackend.start(config) as backend:
             stopping.listen()  # Ray has taken SIGTERM
@@ -154,7 +156,7 @@ async def _serve(
         await asyncio.wait({ready, asked}, return_when=asyncio.FIRST_COMPLETED)
         if ready.done():
             ready.result()
-            say(f"ready in {time.monotonic() - started_at:.1f} s: {config.host}:{port} (Ctrl-C stops)")
+            say(f"ready in {time.monotonic() - started_at:.1f} s: {join_address(config.host, port)} (Ctrl-C stops)")
         await asked
         ready.cancel()
         say(f"stopping, {gateway.num_sequences} sequences under way")
@@ -191,6 +193,8 @@ def _progress(status: ControllerStatus) -> str:
 
 
 def _pool(name: str, pool: PoolConfig) -> str:
+    if not pool.num_replicas:
+        return f"no {name} pool"
     parallel = pool.parallel
     return f"{name} {pool.num_replicas} x TP {parallel.tensor_parallel_size} x PP {parallel.pipeline_parallel_size}"
 
@@ -207,7 +211,8 @@ def _check_port(config: ClusterConfig) -> None:
             probe.bind((config.host, config.port))
         except OSError as error:
             raise UnavailableError(
-                f"cannot listen on {config.host}:{config.port}: {error.strerror or error}", field="grpc_port"
+                f"cannot listen on {join_address(config.host, config.port)}: {error.strerror or error}",
+                field="grpc_port",
             ) from error
 
 

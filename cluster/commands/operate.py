@@ -80,6 +80,8 @@ def _show(seen: ClusterStatus) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0))
     for column in ("worker", "role", "state", "run", "wait", "KV blocks", "restarts", "age"):
         table.add_column(column, justify="left" if column in ("worker", "role", "state") else "right", no_wrap=True)
+    for replica in seen.replicas:
+        table.add_row(*_row(replica))
     console = Console()
     console.print(f"{seen.model}: {target}; up {seen.uptime_s:.0f} s; Fuseline {seen.version}", highlight=False)
     console.print(table)

@@ -93,7 +93,7 @@ async def test_killed_workers_are_survived_until_text_depends_on_them() -> None:
         for _ in range(5):
             await anext(stream)
         other_decode.process.kill()
-        with pytest.raises(UnavailableError):
+        with pytest.raises(UnavailableError, match="worker decode-1 was lost"):
             async with asyncio.timeout(5):
                 async for _ in stream:
                     pass
