@@ -66,8 +66,6 @@ def generate(
     ):
         live = stream and n == 1
         result = collect(_echoed(chunks) if live else chunks)
-    if live:
-        typer.echo()
     for completion in result.completions:
         if not live:
             typer.echo(f"--- {completion.index}\n{completion.text}" if n > 1 else completion.text)
@@ -76,10 +74,16 @@ def generate(
 
 
 def _echoed(chunks: Iterable[GenerateChunk]) -> Iterator[GenerateChunk]:
-    for chunk in chunks:
-        typer.echo(chunk.text, nl=False)
-        sys.stdout.flush()
-        yield chunk
+    begun = False
+    try:
+        for chunk in chunks:
+            begun = True
+            typer.echo(chunk.text, nl=False)
+            sys.stdout.flush()
+            yield chunk
+    finally:
+        if begun:
+            typer.echo()
 
 
 def _stats(completion: Completion) -> str:
