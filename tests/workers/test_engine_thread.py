@@ -253,8 +253,8 @@ async def test_a_bug_ends_every_request_and_is_told_once(where: str, caplog: pyt
 
 async def test_stopping_ends_live_requests_and_later_commands() -> None:
     async with running() as s:
-        stream = await s.start("a", 50)
         s.executor.is_open = False
+        stream = await s.start("a", 50)
         stopping = asyncio.create_task(s.thread.stop(10))
         await asyncio.sleep(0)
         s.executor.gate.release(5)

@@ -144,11 +144,11 @@ async def test_an_abort_storm_leaves_nothing(prefill: Worker, decode: Worker) ->
 
 
 async def test_a_deadline_frees_a_reservation(decode: Worker) -> None:
-    decoding = await open_decode(decode, make_request(fresh_prompt(1500)), timeout=0.3)
+    decoding = await open_decode(decode, make_request(fresh_prompt(1500)), timeout=1)
     told = await decode.engine.call(lambda engine: engine.next_deadline)
     assert told is not None
-    assert 0 < told - time.monotonic() < 0.3  # the engine knows the caller's deadline, not only its own limit
-    assert isinstance(await error_of(decoding.events, within_s=1), DeadlineExceededError)
+    assert 0 < told - time.monotonic() < 1  # the engine knows the caller's deadline, not only its own limit
+    assert isinstance(await error_of(decoding.events, within_s=2), DeadlineExceededError)
     await decode.released()
 
 
@@ -198,7 +198,7 @@ async def test_a_rank_lost_while_idle_ends_requests_and_health() -> None:
         assert isinstance(await wounded.server.failed(), UnavailableError)
         for events in (waiting.events, watch):
             assert isinstance(await error_of(events), UnavailableError)
-        assert time.monotonic() - start < 2
+        assert time.monotonic() - start < 5
         assert await wounded.health("") == health_pb2.HealthCheckResponse.NOT_SERVING
         with pytest.raises(grpc.RpcError) as caught:
             await compute_locally(wounded, make_request([1]))

@@ -10,15 +10,15 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 from fuseline.proto.fuseline.v1 import worker_pb2
 from fuseline.runtime.errors import UnavailableError
 from fuseline.runtime.role import WorkerRole
+from fuseline.tests.workers.kv_proxy import kv_proxy, through
 from fuseline.tests.workers.worker_cases import (
     Client,
-    Decoding,
     compute_locally,
     disaggregate,
     error_of,
@@ -29,6 +29,7 @@ from fuseline.tests.workers.worker_cases import (
     prompt_of,
     worker,
 )
+from fuseline.workers import wire
 
 SERVER = [sys.executable, "-P", "-m", "fuseline.workers.server"]
 OPTIONS = ["--dtype", "float32", "--device", "cpu", "--num-threads", "1", "--num-kv-blocks", "256"]
@@ -84,22 +85,17 @@ async def worker_process(role: str, command: tuple[str, ...] = ()) -> AsyncItera
         await process.wait()
 
 
-async def transferring(prefill: Client, decode: Client) -> tuple[Any, Decoding]:
-    """Both streams of a request, whose prompt is being computed and pushed."""
-    request = make_request(fresh_prompt(1500))
-    decoding = await open_decode(decode, request)
-    prefilling = open_prefill(prefill, request, decoding.reservation)
-    await until(prefill, lambda snapshot: 0 < snapshot.num_queued_tokens < 1300)
-    return prefilling, decoding
-
-
 async def test_a_decode_worker_killed_in_a_transfer_ends_the_prefill_which_serves_on() -> None:
     async with worker_process("prefill") as prefill, worker_process("decode") as decode:
         assert decode.ready["role"] == "decode"
         request = make_request(prompt_of(100), temperature=1.0, seed=3, max_tokens=12)
         alone = await compute_locally(prefill, make_request(prompt_of(100), temperature=1.0, seed=3, max_tokens=12))
         assert (await disaggregate(prefill, decode, request)).token_ids == alone.token_ids
-        prefilling, decoding = await transferring(prefill, decode)
+        request = make_request(fresh_prompt(1500))
+        decoding = await open_decode(decode, request)
+        decode.process.send_signal(signal.SIGSTOP)  # so that it cannot take everything before it is killed
+        prefilling = aiter(open_prefill(prefill, request, decoding.reservation))
+        await anext(prefilling)
         decode.process.kill()
         start = time.monotonic()
         assert isinstance(await error_of(decoding.events), UnavailableError)
@@ -111,17 +107,27 @@ async def test_a_decode_worker_killed_in_a_transfer_ends_the_prefill_which_serve
 
 async def drain_by_signal(told: WorkerProcess) -> None:
     """What runs is finished, then the process ends well."""
-    running = asyncio.create_task(compute_locally(told, make_request(prompt_of(50), max_tokens=200)))
-    await until(told, lambda snapshot: snapshot.num_running > 0)
+    request = wire.request_to_wire(make_request(fresh_prompt(50), max_tokens=200))
+    events = aiter(told.decode.Decode(worker_pb2.DecodeRequest(sequence=request, local_prefill=True)))
+    num_tokens = len((await anext(events)).output.token_ids)
     told.process.terminate()
-    assert len((await running).token_ids) == 200
+    async for event in events:
+        num_tokens += len(event.output.token_ids)
+    assert num_tokens == 200
     assert await asyncio.wait_for(told.process.wait(), 20) == 0
 
 
 async def test_a_prefill_worker_dies_with_its_parent_in_a_transfer() -> None:
     in_a_shell = ("/bin/sh", "-c", '"$@" & wait', "sh")
-    async with worker(WorkerRole.DECODE) as decode, worker_process("prefill", in_a_shell) as prefill:
-        prefilling, decoding = await transferring(prefill, decode)
+    async with AsyncExitStack() as stack:
+        decode = await stack.enter_async_context(worker(WorkerRole.DECODE))
+        proxy = await stack.enter_async_context(kv_proxy(decode))
+        prefill = await stack.enter_async_context(worker_process("prefill", in_a_shell))
+        proxy.may_go_on.clear()
+        request = make_request(fresh_prompt(1500))
+        decoding = await open_decode(decode, request)
+        prefilling = open_prefill(prefill, request, through(proxy, decoding.reservation))
+        await proxy.arrived.wait()
         ended = asyncio.Event()
         watching = os.pidfd_open(prefill.pid)
         asyncio.get_running_loop().add_reader(watching, ended.set)

@@ -109,7 +109,7 @@ async def test_a_watch_tells_changes_at_once_and_otherwise_each_second(decode: W
     decoding = await open_decode(decode, make_request(fresh_prompt(100)))
     changed = await anext(snapshots)
     assert changed.num_free_blocks < 256
-    assert time.monotonic() - start < 0.5
+    assert time.monotonic() - start < 0.9
     decoding.call.cancel()
     while (await anext(snapshots)).num_free_blocks < 256:
         pass
