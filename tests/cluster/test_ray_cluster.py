@@ -14,6 +14,7 @@ import pytest
 from fuseline.cluster.client import AsyncClient
 from fuseline.cluster.cluster_config import ClusterConfig, EngineLimits, PoolConfig
 from fuseline.cluster.cluster_service import ClusterService
+from fuseline.cluster.controller import STOP_TIMEOUT_S
 from fuseline.cluster.gateway import Gateway, GatewayConfig
 from fuseline.cluster.membership import ReplicaState
 from fuseline.cluster.messages import ControllerStatus
@@ -119,6 +120,8 @@ async def test_decode_scales_up_and_down_while_requests_run_and_none_is_lost(bac
 async def test_replicas_of_killed_processes_are_replaced(backend: RayBackend) -> None:
     status = await until(backend.controller, lambda status: status.reached, START_S)
     prefill, decode = status.replicas
+    doomed = {process for process in descendants(os.getpid()) if process.pid in (*prefill.pids, *decode.pids)}
+    assert len(doomed) == 3
     os.kill(decode.pids[0], signal.SIGKILL)  # the replica's serving process: Ray notices at once
     await until(backend.controller, lambda status: not is_ready(status, decode.worker_id), 5.0)
     os.kill(prefill.pids[1], signal.SIGKILL)  # a rank of a group that is idle
@@ -126,7 +129,7 @@ async def test_replicas_of_killed_processes_are_replaced(backend: RayBackend) ->
     status = await until(backend.controller, lambda status: status.reached, START_S)
     assert {row.worker_id for row in status.replicas}.isdisjoint({prefill.worker_id, decode.worker_id})
     assert [row.num_restarts for row in status.replicas] == [1, 1]
-    assert prefill.pids[0] not in {process.pid for process in descendants(os.getpid())}
+    assert await asyncio.to_thread(wait_ended, doomed, STOP_TIMEOUT_S) == set()
 
 
 def is_ready(status: ControllerStatus, worker_id: str) -> bool:
