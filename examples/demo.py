@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import indent
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
@@ -76,6 +77,7 @@ class Served:
 
     number: int
     prompt: str
+    text: str
     summary: GenerateSummary
 
 
@@ -118,7 +120,9 @@ class Screen:
         if len(self.served) == NUM_LANES:
             self.first_wave.set()
         if not console.is_terminal:
-            console.print(f"  {' | '.join(_row(done))}", highlight=False)
+            console.print(f"  {' | '.join(_row(done))}", highlight=False, markup=False)
+            if len(self.served) <= NUM_LANES:
+                console.print(indent(done.prompt + done.text, "    > "), highlight=False, markup=False)
 
     def __rich__(self) -> RenderableType:
         panels = Table.grid(expand=True)
@@ -182,7 +186,7 @@ async def run_lane(lane: Lane, index: int, client: AsyncClient, screen: Screen, 
             async for chunk in stream:
                 lane.text += chunk.text
                 if chunk.summary is not None:
-                    screen.finish(Served(number, lane.prompt, chunk.summary))
+                    screen.finish(Served(number, lane.prompt, lane.text, chunk.summary))
         if screen.num_for_newcomer >= NUM_FOR_NEWCOMER:
             enough.set()
         number += NUM_LANES
