@@ -14,6 +14,7 @@ import fuseline
 ROOT = Path(fuseline.__file__).parent
 README = (ROOT / "README.md").read_text()
 BIN = Path(sys.executable).parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINK = re.compile(r"\]\(([^)#]+)[^)]*\)")
 
 
@@ -78,28 +79,33 @@ def test_the_cluster_s_commands_and_client_work_in_order(port: int) -> None:
         assert answer.stdout.strip(), line
 
 
-@pytest.mark.parametrize(
-    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name
-)
+@pytest.fixture(scope="module")
+def help_texts() -> str:
+    """What the commands say of themselves."""
+    texts = ""
+    for command in ("serve", "generate", "scale", "status"):
+        run = [str(BIN / "fuseline"), command, "--help"]
+        texts += subprocess.run(
+            run, capture_output=True, text=True, check=True, env={"COLUMNS": "200", "TERM": "dumb"}
+        ).stdout
+    return texts
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_link_leads_somewhere(page: Path) -> None:
     for target in LINK.findall(page.read_text()):
         if "://" not in target:
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-@pytest.mark.parametrize(
-    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name
-)
-def test_every_flag_that_is_named_exists(page: Path) -> None:
-    shown = ""
-    for command in ("serve", "generate", "scale", "status"):
-        run = subprocess.run(
-            [BIN / "fuseline", command, "--help"],
-            capture_output=True,
-            text=True,
-            check=True,
-            env={"COLUMNS": "200", "TERM": "dumb"},
-        )
-        shown += run.stdout
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_flag_that_is_named_exists(page: Path, help_texts: str) -> None:
     for flag in set(re.findall(r"`(--[a-z][a-z-]+)", page.read_text())):
-        assert flag in shown, f"{page.name}: {flag}"
+        assert flag in help_texts, f"{page.name}: {flag}"
+
+
+def test_every_benchmark_that_is_named_runs() -> None:
+    named = set(re.findall(r"python -m (benchmarks\.\w+)", "".join(page.read_text() for page in PAGES)))
+    assert named == {f"benchmarks.{path.stem}" for path in (ROOT / "benchmarks").glob("*.py")}
+    for module in sorted(named):
+        subprocess.run([sys.executable, "-m", module, "--help"], cwd=ROOT, check=True, capture_output=True)
