@@ -16,6 +16,7 @@ from fuseline.tests.workers.worker_cases import (
     Worker,
     compute_locally,
     disaggregate,
+    fresh_prompt,
     make_request,
     open_prefill,
     prompt_of,
@@ -140,3 +141,24 @@ async def test_one_rank_hands_off_to_two(prefill: Worker, expected: dict[str, li
         assert [result.token_ids for result in results] == [expected[request.request_id] for request in FEW]
         await decode.released()
     await prefill.released()
+
+
+async def test_preemption_during_a_handoff_changes_no_token(decode: Worker) -> None:
+    """A prefill worker short of blocks gives those of sequences that it is handing off to more urgent ones."""
+    patient = [make_request(fresh_prompt(400 + 10 * index), temperature=1.0, seed=index) for index in range(5)]
+    urgent = [dataclasses.replace(make_request(fresh_prompt(400), max_tokens=2), priority=-1) for _ in range(5)]
+    async with worker(WorkerRole.PREFILL, num_kv_blocks=48, max_num_batched_tokens=32) as cramped:
+
+        async def in_the_way() -> None:
+            for request in urgent:
+                await compute_locally(cramped, request)
+
+        handed_off, _ = await asyncio.gather(
+            asyncio.gather(*[disaggregate(cramped, decode, request) for request in patient]), in_the_way()
+        )
+        assert (await cramped.engine.stats()).num_preemptions > 0
+        await cramped.released()
+    for request, result in zip(patient, handed_off, strict=True):
+        alone = await compute_locally(decode, dataclasses.replace(request, request_id="alone"))
+        assert result.token_ids == alone.token_ids
+    await decode.released()
