@@ -122,7 +122,9 @@ class Screen:
         if not console.is_terminal:
             console.print(f"  {' | '.join(_row(done))}", highlight=False, markup=False)
             if len(self.served) <= NUM_LANES:
-                console.print(indent(done.prompt + done.text, "    > "), highlight=False, markup=False)
+                console.print(
+                    indent(done.prompt + done.text, "    > ", lambda _: True), highlight=False, markup=False
+                )
 
     def __rich__(self) -> RenderableType:
         panels = Table.grid(expand=True)
