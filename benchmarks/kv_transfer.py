@@ -7,7 +7,7 @@ from one process to another, through shared memory and over gRPC. In the same ro
 
 - through shared memory by a plain copy in, then a plain copy out, 2 MiB at a time, contiguous, signalled by a byte on
   a socket; and once more with six such slots, so that both processes copy at the same time,
-- over a bare gRPC stream of 1 MiB messages, as raw bytes, answered one by one, eight in flight,
+- over a bare gRPC stream of 1 MiB messages to a third process, as raw bytes, answered one by one, eight in flight,
 - over a TCP connection.
 
 The ratio is taken within each round, since a busy machine slows all of them down; medians over the rounds are shown.
@@ -82,8 +82,6 @@ class DecodeSide:
         server = grpc.aio.server()
         servicer = KvTransferServicer(self.receiver, no_control_calls, no_control_calls)
         servicer.add_to_server(server)
-        bare = grpc.stream_stream_rpc_method_handler(self._bare_stream)
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("Bare", {"Push": bare}),))
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
         listener = socket.create_server(("127.0.0.1", 0))
@@ -99,10 +97,6 @@ class DecodeSide:
             tell(done=True)
         await server.stop(0)
         servicer.close()
-
-    async def _bare_stream(self, messages: AsyncIterator[bytes], _context: object) -> AsyncIterator[bytes]:
-        async for _ in messages:
-            yield b"k"
 
     def _serve_sockets(self, listener: socket.socket) -> None:
         while True:
@@ -127,6 +121,23 @@ class DecodeSide:
             signals.sendall(b"k")
 
 
+async def serve_bare() -> None:
+    """The third process: takes messages and looks at none."""
+
+    async def push(messages: AsyncIterator[bytes], _context: object) -> AsyncIterator[bytes]:
+        async for _ in messages:
+            yield b"k"
+
+    server = grpc.aio.server()
+    handlers = {"Push": grpc.stream_stream_rpc_method_handler(push)}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("Bare", handlers),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    tell(grpc=port)
+    await asyncio.to_thread(sys.stdin.readline)
+    await server.stop(0)
+
+
 async def no_control_calls(_request: Any, _context: Any) -> Any:
     raise NotImplementedError("this benchmark pushes only")
 
@@ -145,13 +156,12 @@ class PrefillSide:
     """This process: each method moves the same number of bytes to the other one and returns the seconds it took."""
 
     def __init__(self) -> None:
-        command = [sys.executable, "-m", "benchmarks.kv_transfer", "--decode-side"]
-        self._peer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        ports = self._answer()
+        self._peer, ports = start_process("--decode-side")
+        self._bare_peer, bare_ports = start_process("--bare-side")
         self._address = f"127.0.0.1:{ports['grpc']}"
         self._socket = socket.create_connection(("127.0.0.1", ports["socket"]))
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._channel = grpc.insecure_channel(self._address)
+        self._channel = grpc.insecure_channel(f"127.0.0.1:{bare_ports['grpc']}")
         self._segment = OwnedSegment(SLOT_BYTES * NUM_SLOTS)
         self._source = np.random.default_rng(0).integers(0, 256, NUM_BYTES, np.uint8)
         cache = empty_cache()
@@ -167,6 +177,7 @@ class PrefillSide:
         self._channel.close()
         self._socket.close()
         self._peer.communicate()
+        self._bare_peer.communicate()
 
     def kv_shm(self) -> float:
         return self._transfer(self._sender, host_id(), "shm")
@@ -240,12 +251,19 @@ class PrefillSide:
         assert self._peer.stdin is not None
         self._peer.stdin.write(json.dumps(command) + "\n")
         self._peer.stdin.flush()
-        assert self._answer() == {"done": True}
+        assert hear(self._peer) == {"done": True}
 
-    def _answer(self) -> dict[str, Any]:
-        assert self._peer.stdout is not None
-        answer: dict[str, Any] = json.loads(self._peer.stdout.readline())
-        return answer
+
+def start_process(role: str) -> tuple[subprocess.Popen[str], dict[str, Any]]:
+    command = [sys.executable, "-m", "benchmarks.kv_transfer", role]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return process, hear(process)
+
+
+def hear(process: subprocess.Popen[str]) -> dict[str, Any]:
+    assert process.stdout is not None
+    facts: dict[str, Any] = json.loads(process.stdout.readline())
+    return facts
 
 
 @dataclass(frozen=True)
@@ -297,11 +315,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="KV transfer throughput between two processes of this host")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", type=Path, help="write the figures here as well")
-    parser.add_argument("--decode-side", action="store_true", help=argparse.SUPPRESS)
+    for role in ("--decode-side", "--bare-side"):
+        parser.add_argument(role, action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.decode_side:
         asyncio.run(DecodeSide().serve())
+        return
+    if arguments.bare_side:
+        asyncio.run(serve_bare())
         return
     figures = measure(arguments.rounds)
     names = {

@@ -3,8 +3,8 @@
 ``KvSender`` gathers pieces out of a paged cache and pushes them, ``KvReceiver`` checks them and writes them into
 another; ``KvTransferServicer`` is the wire between. Layouts may differ in every way: tensor and pipeline sizes,
 block size, block ids. The files, from the bottom: ``pieces`` (what is claimed of bytes), ``intervals``,
-``cache_access`` (bytes in and out of a cache), ``wire`` and ``segment`` (how they travel), ``receiver`` and
-``servicer`` (decode side), ``parcels``, ``ledger``, ``lane`` and ``sender`` (prefill side).
+``cache_access`` (bytes in and out of a cache), ``wire`` and ``segment`` (how they travel), ``receiver``,
+``malloc`` and ``servicer`` (decode side), ``parcels``, ``ledger``, ``lane`` and ``sender`` (prefill side).
 """
 
 from .ledger import KvSenderStats, TransferLimits, TransferSummary

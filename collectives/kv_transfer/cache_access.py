@@ -95,6 +95,9 @@ class HostCacheAccess(_Geometry):
     def __init__(self, kv_cache: Tensor, kv_range: KvRange) -> None:
         super().__init__(kv_cache, kv_range)
         self._bytes = kv_cache.view(torch.uint8).flatten(4).numpy()  # [layer, 2, block, head, token in block * bytes]
+        # Of a layer seen as rows [(2, block, head), bytes]: the row of block 0, for K and V and each head.
+        kv, head = np.arange(2)[:, None, None], np.arange(kv_range.num_heads)[:, None]
+        self._first_rows = kv * self.num_blocks * kv_range.num_heads + head
 
     def mark_written(self) -> Ready | None:
         """See ``CacheAccess``; on a CPU nothing is queued."""
@@ -109,8 +112,7 @@ class HostCacheAccess(_Geometry):
         for blocks, within, piece in self._parts(heads, tokens, block_ids, out):
             if within.start is None and piece.size == out.size:
                 # All of the piece is whole blocks: numpy can gather into it without a copy in between.
-                kv, head = np.arange(2)[:, None, None], np.arange(local_heads.start, local_heads.stop)[:, None]
-                rows = (kv * self.num_blocks + blocks) * cache.shape[2] + head  # [2, head, block]
+                rows = self._first_rows[:, local_heads] + blocks * cache.shape[2]  # [2, head, block]
                 row_bytes = cache.shape[3]
                 into = out.reshape(-1, row_bytes)
                 np.take(cache.reshape(-1, row_bytes), rows.reshape(-1), axis=0, out=into, mode="clip")

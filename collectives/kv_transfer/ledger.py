@@ -41,10 +41,10 @@ class TransferLimits:
         idle_s: a connection without handoffs is closed after it.
     """
 
-    inline_parcel_bytes: int = 3 * MIB
-    num_inline_parcels: int = 4
+    inline_parcel_bytes: int = 2 * MIB
+    num_inline_parcels: int = 8
     shared_parcel_bytes: int = 8 * MIB
-    num_shared_parcels: int = 4
+    num_shared_parcels: int = 3
     max_handoffs: int = 4096
     max_lanes: int = 256
     max_queued: int = 65536

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fuseline.collectives.kv_transfer import KvReceiver, Piece
-from fuseline.collectives.kv_transfer.servicer import _PushStream
+from fuseline.collectives.kv_transfer.servicer import PushSession
 from fuseline.collectives.kv_transfer.wire import Parcel, decode_push, encode_parcel
 from fuseline.proto.fuseline.v1 import kv_transfer_pb2 as pb
 from fuseline.runtime.errors import InvalidArgumentError
@@ -104,7 +104,7 @@ def test_random_requests_neither_crash_nor_write(message: bytes, noise: bytes, a
     receiver = KvReceiver(cache, KvRange(0, 2, 0, 2))
     receiver.open("secret", PROVENANCE, [1, 2], 0)
     try:
-        response = _PushStream(receiver).take(message[:at] + noise + message[at:])
+        response = PushSession(receiver).take(message[:at] + noise + message[at:])
     except InvalidArgumentError:
         pass
     else:
