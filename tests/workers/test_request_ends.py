@@ -147,7 +147,7 @@ async def test_a_deadline_frees_a_reservation(decode: Worker) -> None:
     decoding = await open_decode(decode, make_request(fresh_prompt(1500)), timeout=1)
     told = await decode.engine.call(lambda engine: engine.next_deadline)
     assert told is not None
-    assert 0 < told - time.monotonic() < 1  # the engine knows the caller's deadline, not only its own limit
+    assert 0 < told - time.monotonic() < 1.5  # the engine knows the caller's deadline, not only its own limit
     assert isinstance(await error_of(decoding.events, within_s=2), DeadlineExceededError)
     await decode.released()
 

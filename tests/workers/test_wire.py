@@ -25,7 +25,7 @@ uint32 = st.integers(0, 2**32 - 1)
 
 @st.composite
 def sampling_params(draw: st.DrawFn) -> SamplingParams:
-    max_tokens = draw(st.integers(1, 2**32 - 1))
+    max_tokens = draw(st.integers(1, 2**31 - 1))
     return SamplingParams(
         n=draw(st.integers(1, 128)),
         max_tokens=max_tokens,
@@ -37,9 +37,9 @@ def sampling_params(draw: st.DrawFn) -> SamplingParams:
         repetition_penalty=draw(st.floats(0, 100, exclude_min=True)),
         presence_penalty=draw(st.floats(-2, 2)),
         frequency_penalty=draw(st.floats(-2, 2)),
-        logit_bias=draw(st.dictionaries(uint32, st.floats(-100, 100), max_size=4)),
+        logit_bias=draw(st.dictionaries(token_ids, st.floats(-100, 100), max_size=4)),
         stop=tuple(draw(st.lists(texts, max_size=4))),
-        stop_token_ids=tuple(draw(st.lists(uint32, max_size=4))),
+        stop_token_ids=tuple(draw(st.lists(token_ids, max_size=4))),
         include_stop_str_in_output=draw(st.booleans()),
         ignore_eos=draw(st.booleans()),
         seed=draw(st.none() | st.integers(0, MAX_SEED)),
@@ -173,18 +173,19 @@ def test_bad_values_off_the_wire_are_refused_by_name(name: str, value: Any) -> N
 
 
 @pytest.mark.parametrize(
-    ("params", "field"),
+    ("fields", "field"),
     [
-        ({"max_tokens": 2**32}, "max_tokens"),
-        ({"top_k": 2**31}, "top_k"),
-        ({"logit_bias": {2**32: 1.0}}, "logit_bias"),
-        ({"stop_token_ids": (2**32,)}, "stop_token_ids"),
-        ({"stop": ("\ud800",)}, "stop"),
+        ({"params": SamplingParams(stop=("\ud800",))}, "stop"),
+        ({"request_id": "\ud800"}, "request_id"),
+        ({"priority": 2**31}, "priority"),
+        ({"epoch": -1}, "epoch"),
+        ({"prompt_token_ids": (-1,)}, "prompt_token_ids"),
     ],
 )
-def test_what_the_wire_cannot_carry_is_refused_by_the_sender(params: dict[str, Any], field: str) -> None:
+def test_what_the_wire_cannot_carry_is_refused_by_the_sender(fields: dict[str, Any], field: str) -> None:
+    request = Request(**{"request_id": "a", "prompt_token_ids": (1,), "params": SamplingParams(), **fields})
     with pytest.raises(InvalidArgumentError) as caught:
-        wire.sampling_params_to_wire(SamplingParams(**params))
+        wire.request_to_wire(request)
     assert caught.value.details["field"] == field
 
 
