@@ -98,3 +98,7 @@ class InternalError(FuselineError):
     """An invariant of Fuseline itself is broken: a bug, never the caller's fault."""
 
     code = ErrorCode.INTERNAL
+
+
+ERROR_TYPES: dict[ErrorCode, type[FuselineError]] = {kind.code: kind for kind in FuselineError.__subclasses__()}
+"""The error of each code, for the far end of a wire."""

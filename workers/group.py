@@ -17,7 +17,7 @@ from ..runtime.config import CacheConfig, EngineConfig, SchedulerConfig
 from ..runtime.engine import Engine
 from ..runtime.errors import InvalidArgumentError, UnavailableError
 from ..runtime.handoff import RankEndpoint
-from ..runtime.sharding import ParallelConfig, check_shardable, kv_range
+from ..runtime.sharding import ParallelConfig, kv_range
 from .executor import GroupExecutor
 from .launcher import LocalLauncher, RankLauncher, RankProcess
 from .loader import model_info, resolve_model
@@ -67,6 +67,7 @@ class GroupConfig:
         for name, value, low, high in (
             ("gpu_memory_utilization", self.gpu_memory_utilization, 0.05, 1.0),
             ("num_threads", 1 if self.num_threads is None else self.num_threads, 1, 4096),
+            ("num_kv_blocks", 1 if self.num_kv_blocks is None else self.num_kv_blocks, 1, 2**31 - 1),
             ("start_timeout_s", self.start_timeout_s, 0.1, 86400.0),
             ("step_timeout_s", self.step_timeout_s, 0.1, 86400.0),
         ):
@@ -133,7 +134,9 @@ class ModelGroup:
         path = resolve_model(config.model)
         info = model_info(path, config.dtype, config.max_model_len, config.name, device)
         parallel, scheduler = config.parallel, config.scheduler
-        check_shardable(info.shape, parallel)
+        # What can be refused is refused here; the number of blocks is settled once the weights are in memory.
+        cache = CacheConfig(config.num_kv_blocks or 1, config.block_size, config.enable_prefix_caching)
+        engine_config = EngineConfig(info, cache, scheduler, parallel)
         load = LoadModel(
             model=config.model,
             info=info,
@@ -159,10 +162,9 @@ class ModelGroup:
         executor = GroupExecutor(first, others, config.step_timeout_s)
         try:
             loaded = executor.ask(load, Loaded, max(0.1, deadline - time.monotonic()))
-            num_blocks = min(answer.max_num_blocks for answer in loaded)
-            cache = CacheConfig(num_blocks, config.block_size, config.enable_prefix_caching)
-            engine_config = EngineConfig(info, cache, scheduler, parallel)
-            ranks = executor.ask(AllocateCache(num_blocks), Ready, max(0.1, deadline - time.monotonic()))
+            cache = replace(cache, num_blocks=min(answer.max_num_blocks for answer in loaded))
+            engine_config = replace(engine_config, cache=cache)
+            ranks = executor.ask(AllocateCache(cache), Ready, max(0.1, deadline - time.monotonic()))
             return cls(config, engine_config, path, executor, ranks, first.kv_receiver, store, clock)
         except BaseException:
             executor.close()

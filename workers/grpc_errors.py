@@ -20,18 +20,11 @@ from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
 from ..runtime.errors import (
-    AlreadyExistsError,
-    CancelledError,
-    DeadlineExceededError,
+    ERROR_TYPES,
     ErrorCode,
     FuselineError,
     InternalError,
     InvalidArgumentError,
-    ModelFormatError,
-    NotFoundError,
-    ProvenanceError,
-    ResourceExhaustedError,
-    UnavailableError,
 )
 
 DOMAIN = "fuseline"
@@ -43,21 +36,6 @@ MAX_STATUS_BYTES = 8192  # what is parsed of a peer's
 
 logger = logging.getLogger(__name__)
 
-_CLASSES: dict[ErrorCode, type[FuselineError]] = {
-    cls.code: cls
-    for cls in (
-        InvalidArgumentError,
-        NotFoundError,
-        AlreadyExistsError,
-        ModelFormatError,
-        ResourceExhaustedError,
-        UnavailableError,
-        DeadlineExceededError,
-        CancelledError,
-        ProvenanceError,
-        InternalError,
-    )
-}
 # Codes that Fuseline never sends but gRPC, a proxy or another server may.
 _FOREIGN_CODES = {
     grpc.StatusCode.OUT_OF_RANGE: ErrorCode.INVALID_ARGUMENT,
@@ -71,7 +49,7 @@ _FOREIGN_CODES = {
 
 def make_error(code: ErrorCode, message: str) -> FuselineError:
     """An error of the class that ``code`` belongs to."""
-    return _CLASSES[code](message)
+    return ERROR_TYPES[code](message)
 
 
 def status_of(error: FuselineError) -> status_pb2.Status:

@@ -23,7 +23,7 @@ import torch
 from ..collectives.communicator import GroupCommunicators, make_communicators
 from ..collectives.kv_transfer import KvReceiver, KvSender, TransferSummary, host_id
 from ..collectives.step_channel import StepChannel
-from ..runtime.config import CacheConfig, EngineConfig
+from ..runtime.config import EngineConfig
 from ..runtime.errors import (
     FuselineError,
     InternalError,
@@ -132,7 +132,10 @@ class RankWorker:
                 return
             self._serve(call)
         except FuselineError as error:
-            answer(CallFailed(call.call_id, failure_of(error)))
+            answer(_failed(call.call_id, error))
+        except Exception as error:  # a bug: whoever called must hear of it, typed
+            logger.exception("a call failed on rank %d", self.rank)
+            answer(_failed(call.call_id, error))
         else:
             answer(CallDone(call.call_id))
 
@@ -203,10 +206,9 @@ class RankWorker:
         config, model, communicators = self._config, self._model, self._communicators
         if config is None or model is None or communicators is None:
             raise InternalError("the KV cache was asked for before the model was loaded")
-        engine_config = EngineConfig(
-            config.info, CacheConfig(message.num_blocks, config.block_size), config.scheduler, config.parallel
-        )
-        kv_cache = model.new_kv_cache(message.num_blocks, config.block_size)
+        cache = message.cache
+        engine_config = EngineConfig(config.info, cache, config.scheduler, config.parallel)
+        kv_cache = model.new_kv_cache(cache.num_blocks, cache.block_size)
         self._runner = ModelRunner(
             model, kv_cache, engine_config, communicators.pp, is_first_of_stage=communicators.tp.rank == 0
         )
@@ -260,7 +262,8 @@ def run_rank(bootstrap: RankBootstrap) -> None:
 
 
 def _read(channel: StepChannel, worker: RankWorker, inbox: queue.Queue[Job | None]) -> None:
-    """Take messages until the end; a lost channel is the end of the process."""
+    """Take messages until the end. Without this thread nobody would notice a lost channel: what ends it otherwise,
+    ends the process."""
 
     def answer(message: CallAnswer) -> None:
         try:
@@ -268,26 +271,27 @@ def _read(channel: StepChannel, worker: RankWorker, inbox: queue.Queue[Job | Non
         except UnavailableError as error:
             logger.warning("rank %d cannot answer: %s", worker.rank, error)
 
-    while True:
-        try:
-            message = channel.receive()
-        except FuselineError as error:
-            logger.error("rank %d ends: %s", worker.rank, error)  # noqa: TRY400  # the trace says nothing more
-            os._exit(1)
-        match message:
-            case LoadModel() | AllocateCache() | StepPlan():
+    try:
+        while not isinstance(message := channel.receive(), Shutdown):
+            if isinstance(message, LoadModel | AllocateCache | StepPlan):
                 inbox.put(worker.accept(message))
-            case Shutdown():
-                inbox.put(None)
-                return
-            case _:
+            else:
                 worker.call(message, answer)
+        inbox.put(None)
+    except FuselineError as error:
+        logger.error("rank %d ends: %s", worker.rank, error)  # noqa: TRY400  # the trace says nothing more
+        os._exit(1)
+    except Exception:
+        logger.exception("rank %d ends", worker.rank)
+        os._exit(1)
 
 
 def _finished(call_id: int, future: Future[TransferSummary]) -> CallAnswer:
     error = future.exception()
-    if error is None:
-        return HandoffDone(call_id, future.result())
+    return HandoffDone(call_id, future.result()) if error is None else _failed(call_id, error)
+
+
+def _failed(call_id: int, error: BaseException) -> CallFailed:
     if not isinstance(error, FuselineError):
         error = InternalError(f"{type(error).__name__}: {error}")
     return CallFailed(call_id, failure_of(error))

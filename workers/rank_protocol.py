@@ -11,21 +11,8 @@ from typing import get_args
 
 from ..collectives.kv_transfer import TransferSummary
 from ..collectives.messages import MessageCodec
-from ..runtime.config import ModelInfo, SchedulerConfig
-from ..runtime.errors import (
-    AlreadyExistsError,
-    CancelledError,
-    DeadlineExceededError,
-    ErrorCode,
-    FuselineError,
-    InternalError,
-    InvalidArgumentError,
-    ModelFormatError,
-    NotFoundError,
-    ProvenanceError,
-    ResourceExhaustedError,
-    UnavailableError,
-)
+from ..runtime.config import CacheConfig, ModelInfo, SchedulerConfig
+from ..runtime.errors import ERROR_TYPES, ErrorCode, FuselineError
 from ..runtime.handoff import KvReservation, Provenance
 from ..runtime.plan import StepPlan, StepResult
 from ..runtime.sharding import ParallelConfig
@@ -87,7 +74,7 @@ class Loaded:
 class AllocateCache:
     """Make the KV cache; answered by ``Ready``."""
 
-    num_blocks: int
+    cache: CacheConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,22 +197,6 @@ CODEC = MessageCodec(
 )
 BOOTSTRAP_CODEC = MessageCodec([RankBootstrap])
 
-_ERROR_TYPES: dict[ErrorCode, type[FuselineError]] = {
-    kind.code: kind
-    for kind in (
-        InvalidArgumentError,
-        NotFoundError,
-        AlreadyExistsError,
-        ModelFormatError,
-        ResourceExhaustedError,
-        UnavailableError,
-        DeadlineExceededError,
-        CancelledError,
-        ProvenanceError,
-        InternalError,
-    )
-}
-
 
 def failure_of(error: FuselineError) -> RankFailure:
     """The error as a message."""
@@ -234,6 +205,6 @@ def failure_of(error: FuselineError) -> RankFailure:
 
 def error_of(failure: RankFailure, where: str) -> FuselineError:
     """The typed error that a rank reported; ``where`` goes in front of its message."""
-    error = _ERROR_TYPES[failure.code](f"{where}: {failure.message}")
+    error = ERROR_TYPES[failure.code](f"{where}: {failure.message}")
     error.details.update(failure.details)
     return error

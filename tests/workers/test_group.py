@@ -20,6 +20,7 @@ import pytest
 from fuseline.runtime.config import SchedulerConfig
 from fuseline.runtime.errors import (
     InternalError,
+    InvalidArgumentError,
     ModelFormatError,
     UnavailableError,
 )
@@ -136,6 +137,28 @@ def test_a_forgotten_llm_is_closed(tiny: Path) -> None:
     process.wait(5)
 
 
+def test_prefix_caching_can_be_off_where_it_must_be(tmp_path: Path) -> None:
+    """Dynamic rotary embedding beyond its original length: the ranks have to agree with the engine."""
+    write_tiny(tmp_path, rope_parameters={"rope_type": "dynamic", "rope_theta": 1000.0, "factor": 2.0})
+    options: dict[str, Any] = {"max_model_len": 512, "num_kv_blocks": 128}
+    group = ModelGroup.start(group_config(tmp_path, enable_prefix_caching=False, **options))
+    group.close()
+    with pytest.raises(InvalidArgumentError, match="prefix caching must be off"):
+        ModelGroup.start(group_config(tmp_path, **options), NoLauncher())
+
+
+class NoLauncher(LocalLauncher):
+    def launch(self, rank: int, address: str, token: bytes, device_type: str) -> RankProcess:
+        pytest.fail("a rank is started for a configuration that cannot be served")
+
+
+@pytest.mark.parametrize(("field", "value"), [("block_size", 0), ("block_size", 2000), ("num_kv_blocks", 0)])
+def test_a_cache_that_cannot_be_is_refused_before_anything_starts(tiny: Path, field: str, value: int) -> None:
+    with pytest.raises(InvalidArgumentError) as raised:
+        ModelGroup.start(group_config(tiny, tp=2, **{field: value}), NoLauncher())
+    assert (raised.value.details["field"], raised.value.details["value"]) == (field, str(value))
+
+
 def test_start_failures_are_typed_and_leave_nothing(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(UnavailableError, match="cannot listen"):
         ModelGroup.start(group_config(tiny, tp=2), LocalLauncher("192.0.2.1"))
@@ -186,6 +209,18 @@ def test_a_rank_that_dies_before_it_calls_in(tiny: Path) -> None:
     with pytest.raises(UnavailableError, match="rank 1 ended with exit code -9"):
         ModelGroup.start(group_config(tiny, tp=2), DyingLauncher())
     assert time.monotonic() - start < 5.0
+
+
+def test_a_bug_in_a_call_is_an_answer_too(tiny: Path) -> None:
+    group = ModelGroup.start(group_config(tiny, transfers_kv=True))
+    assert group.kv_receiver is not None
+    try:
+        group.kv_receiver.close = None  # type: ignore[assignment, method-assign]  # calling it is a TypeError
+        with pytest.raises(InternalError, match="TypeError"):
+            group.executor.close_reservation("x").result(5)
+        group.executor.cancel_handoff("x").result(5)
+    finally:
+        group.close()
 
 
 def test_calls_about_kv_are_refused_by_a_group_without_transfers(tiny: Path) -> None:
