@@ -21,7 +21,7 @@ from typing import Any
 from ..runtime.errors import InvalidArgumentError, UnavailableError
 from .messages import MessageCodec
 
-MAX_FRAME_BYTES = 64 * 1024 * 1024
+MAX_FRAME_BYTES = 256 * 1024 * 1024  # a plan that admits the longest sequence there may be fits
 TOKEN_BYTES = 32
 _HELLO = struct.Struct(f"<{TOKEN_BYTES}sI")
 _LENGTH = struct.Struct("<I")

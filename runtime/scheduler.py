@@ -37,6 +37,10 @@ from .sequence import Sequence, SequenceState
 from .sequence_store import SequenceStore
 
 MAX_DEFERRED = 64
+# Plans travel to the ranks with all known tokens of whom they admit: the last sequence admitted may exceed this.
+MAX_ADMITTED_TOKENS = 2**20
+# Every prompt position with logprobs needs logits over the whole vocabulary; this bounds their memory.
+MAX_PROMPT_LOGPROB_TOKENS = 512
 _key = attrgetter("key")
 
 
@@ -158,16 +162,18 @@ class Scheduler:
         if not store.prefilling and not store.waiting and not store.committed:
             return chunks
         prefilling = [seq for seq in store.prefilling if seq.num_computed_tokens < seq.num_tokens]
-        num_seen = num_deferred = 0
+        num_seen = num_deferred = num_admitted_tokens = 0
+        logprob_budget = MAX_PROMPT_LOGPROB_TOKENS
         is_blocked = False
         # A committed sequence needs one token, like a decode, and like one it does not wait for a prompt.
         kept = min(len(store.committed), store.num_free_rows)
         while budget > 0:
             heads = prefilling[num_seen : num_seen + 1]
-            if not is_blocked and num_deferred < MAX_DEFERRED and budget > kept:
-                heads += store.waiting[num_deferred : num_deferred + 1]
-            if store.num_free_rows:
-                heads += store.committed[:1]
+            if num_admitted_tokens < MAX_ADMITTED_TOKENS:
+                if not is_blocked and num_deferred < MAX_DEFERRED and budget > kept:
+                    heads += store.waiting[num_deferred : num_deferred + 1]
+                if store.num_free_rows:
+                    heads += store.committed[:1]
             if not heads:
                 break
             seq = min(heads, key=_key)
@@ -178,16 +184,21 @@ class Scheduler:
             elif seq.state is SequenceState.COMMITTED:
                 kept = max(0, kept - 1)
                 store.admit(seq, [])
+                num_admitted_tokens += seq.num_tokens
             else:
                 found = store.cache.match(seq)
-                if self._prefix_is_coming(seq, len(found)):
+                if self._prefix_is_coming(seq, len(found)) or (not logprob_budget and _asks_prompt_logprobs(seq)):
                     num_deferred += 1
                     continue
                 if not self._make_room(seq, found):
                     is_blocked = True
                     continue
                 store.admit(seq, found)
+                num_admitted_tokens += seq.num_tokens
             size = min(seq.num_tokens - seq.num_computed_tokens, budget - kept)
+            if _asks_prompt_logprobs(seq) and seq.num_computed_tokens < seq.num_prompt_tokens:
+                size = min(size, logprob_budget)
+                logprob_budget -= size
             if size > 0:
                 budget -= size
                 chunks.append(self._take_chunk(seq, size))
@@ -277,3 +288,8 @@ class Scheduler:
         )
         self.num_steps += 1
         return ScheduledStep(plan, all_rows, rows, seqs, chunks)
+
+
+def _asks_prompt_logprobs(seq: Sequence) -> bool:
+    """Whether the ranks compute them for each prompt position, delivered before or not."""
+    return seq.request.params.prompt_logprobs is not None

@@ -11,6 +11,7 @@ import torch
 
 from ..runtime.config import ModelInfo, SchedulerConfig
 from ..runtime.errors import ResourceExhaustedError
+from ..runtime.scheduler import MAX_PROMPT_LOGPROB_TOKENS
 from ..runtime.sharding import ParallelConfig, kv_range
 from .models.config import DTYPES
 
@@ -69,12 +70,14 @@ def kv_budget_bytes(
 
 
 def step_workspace_bytes(info: ModelInfo, scheduler: SchedulerConfig, parallel: ParallelConfig) -> int:
-    """An upper estimate of a step's temporaries: activations of one layer, and logits with the sampler's copies."""
+    """An upper estimate of a step's temporaries: activations of one layer, logits as computed and in float32, and
+    what sampler and attention need beside them."""
     shape, tp = info.shape, parallel.tensor_parallel_size
     itemsize = DTYPES[info.dtype].itemsize
     qkv = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim // tp
     per_token = (6 * shape.hidden_size + 3 * qkv + 4 * shape.intermediate_size // tp) * itemsize
-    logits = scheduler.max_num_seqs * shape.vocab_size * 4 * 2
+    num_logits = scheduler.max_num_seqs + min(scheduler.max_num_batched_tokens, MAX_PROMPT_LOGPROB_TOKENS)
+    logits = num_logits * shape.vocab_size * (itemsize + 4)
     return int((scheduler.max_num_batched_tokens * per_token + logits) * _WORKSPACE_SLACK) + 256 * 2**20
 
 
@@ -93,8 +96,21 @@ def available_memory_bytes() -> int:
 
 
 def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Zeros. On a CPU they take memory only page by page as they are touched: a KV pool is rarely full."""
+    """Zeros. On a CPU they take memory only page by page as they are touched: a KV pool is rarely full.
+
+    Raises:
+        ResourceExhaustedError: not even the addresses can be had.
+    """
     if device.type != "cpu" or math.prod(shape) == 0:
         return torch.zeros(shape, dtype=dtype, device=device)
-    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    try:
+        pages = mmap.mmap(-1, num_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, OverflowError) as error:
+        available = available_memory_bytes()
+        raise ResourceExhaustedError(
+            f"a KV cache of {num_bytes} bytes cannot be made: {error}; {available} bytes are available",
+            value=num_bytes,
+            limit=available,
+        ) from error
     return torch.frombuffer(pages, dtype=dtype).view(shape)

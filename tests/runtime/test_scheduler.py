@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from fuseline.runtime import scheduler
 from fuseline.runtime.request import FinishReason, Phase
 from fuseline.runtime.sampling_params import SamplingParams
 from fuseline.runtime.sequence import PRIORITY_HEAD_START_S, SequenceState
@@ -38,6 +39,33 @@ def test_lower_priority_values_run_first_and_ties_go_by_arrival() -> None:
         driver.add(name, 3, max_tokens=1, priority=priority)
     driver.run()
     assert list(driver.outputs) == ["a", "b", "c", "d", "e"]
+
+
+def test_one_plan_does_not_carry_the_tokens_of_all_who_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler, "MAX_ADMITTED_TOKENS", 10)
+    driver = Driver(num_blocks=64, max_num_batched_tokens=64)
+    for name in ("a", "b", "c"):
+        driver.add(name, 6)
+    driver.step()
+    assert driver.scheduled() == {"a": 6, "b": 6}
+    driver.step()
+    assert driver.scheduled() == {"a": 1, "b": 1, "c": 6}
+
+
+def test_prompt_logprobs_are_computed_a_bounded_number_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler, "MAX_PROMPT_LOGPROB_TOKENS", 8)
+    driver = Driver(num_blocks=64, max_num_batched_tokens=64)
+    driver.add("a", 11, prompt_logprobs=1)
+    driver.add("b", 12, prompt_logprobs=1)
+    driver.add("c", 13)
+    driver.step()
+    assert driver.scheduled() == {"a": 8, "c": 13}
+    driver.step()
+    assert driver.scheduled() == {"a": 3, "b": 5, "c": 1}
+    driver.run()
+    for name, num_tokens in (("a", 11), ("b", 12)):
+        logprobs = [output.prompt_logprobs for output in driver.outputs[name] if output.prompt_logprobs is not None]
+        assert [len(entries) for entries in logprobs] == [num_tokens - 1]
 
 
 def test_a_priority_is_worth_a_head_start_not_eternity() -> None:

@@ -59,6 +59,13 @@ def test_workspace_grows_with_the_step() -> None:
     assert more > 63_000 * 512 * 2
 
 
+@pytest.mark.parametrize("num_bytes", [2**60, 2**70])
+def test_a_pool_beyond_all_memory_is_refused_with_the_numbers(num_bytes: int) -> None:
+    with pytest.raises(ResourceExhaustedError, match=f"KV cache of {num_bytes} bytes") as raised:
+        lazy_zeros((4, num_bytes // 8), torch.bfloat16, torch.device("cpu"))
+    assert int(raised.value.details["limit"]) > 0
+
+
 def test_a_pool_takes_memory_only_where_it_is_used() -> None:
     process, size = psutil.Process(), 2**30
     before = process.memory_info().rss
