@@ -16,6 +16,7 @@ MAX_STOP_TOKEN_IDS = 128
 MAX_LOGIT_BIAS = 1024
 MAX_LOGPROBS = 20
 MAX_SEED = 2**63 - 1
+MAX_INT = 2**31 - 1  # of counts and token ids: what wire and arrays carry
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +56,10 @@ class SamplingParams:
         object.__setattr__(self, "stop", tuple(self.stop))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         _check_int("n", self.n, 1, MAX_N)
-        _check_int("max_tokens", self.max_tokens, 1, None)
+        _check_int("max_tokens", self.max_tokens, 1, MAX_INT)
         _check_int("min_tokens", self.min_tokens, 0, self.max_tokens)
         _check_float("temperature", self.temperature, 0.0, 100.0)
-        _check_int("top_k", self.top_k, -1, None)
+        _check_int("top_k", self.top_k, -1, MAX_INT)
         _check_float("top_p", self.top_p, 0.0, 1.0, low_open=True)
         _check_float("min_p", self.min_p, 0.0, 1.0)
         _check_float("repetition_penalty", self.repetition_penalty, 0.0, 100.0, low_open=True)
@@ -66,7 +67,7 @@ class SamplingParams:
         _check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _check_count("logit_bias", len(self.logit_bias), MAX_LOGIT_BIAS)
         for token_id, bias in self.logit_bias.items():
-            _check_int("logit_bias key", token_id, 0, None)
+            _check_int("logit_bias key", token_id, 0, MAX_INT)
             _check_float("logit_bias", bias, -100.0, 100.0)
         _check_count("stop", len(self.stop), MAX_STOP_STRINGS)
         for text in self.stop:
@@ -78,7 +79,7 @@ class SamplingParams:
                 )
         _check_count("stop_token_ids", len(self.stop_token_ids), MAX_STOP_TOKEN_IDS)
         for token_id in self.stop_token_ids:
-            _check_int("stop_token_ids", token_id, 0, None)
+            _check_int("stop_token_ids", token_id, 0, MAX_INT)
         if self.seed is not None:
             _check_int("seed", self.seed, 0, MAX_SEED)
         if self.logprobs is not None:
@@ -104,11 +105,11 @@ def child_seed(seed: int, index: int) -> int:
     return int.from_bytes(digest[:8], "little") & MAX_SEED
 
 
-def _check_int(name: str, value: object, low: int, high: int | None) -> None:
+def _check_int(name: str, value: object, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise InvalidArgumentError(f"{name} must be an integer, got {value!r}", field=name, value=value)
-    if value < low or (high is not None and value > high):
-        limit = f"at least {low}" if high is None else f"between {low} and {high}"
+    if value < low or value > high:
+        limit = f"between {low} and {high}"
         raise InvalidArgumentError(f"{name} must be {limit}, got {value}", field=name, value=value, limit=limit)
 
 

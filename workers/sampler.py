@@ -131,13 +131,14 @@ class Sampler:
             seen = torch.from_numpy(np.unique(row.tokens[: row.num_tokens])).to(device, torch.int64)
             values = logits[seen]
             penalty = params.repetition_penalty
-            logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
+            scaled = torch.where(values > 0, values / penalty, values * penalty)
+            scaled.clamp_(max=torch.finfo(torch.float32).max)  # a tiny penalty may overflow
+            logits[seen] = torch.where(torch.isfinite(values), scaled, values)
         if params.frequency_penalty != 0.0 or params.presence_penalty != 0.0:
             outputs = row.tokens[row.num_prompt_tokens : row.num_tokens]
             ids_np, counts = np.unique(outputs, return_counts=True)
             penalty_np = (counts * params.frequency_penalty + params.presence_penalty).astype(np.float32)
             logits[torch.from_numpy(ids_np).to(device, torch.int64)] -= torch.from_numpy(penalty_np).to(device)
-        logits.clamp_(max=torch.finfo(torch.float32).max)  # a tiny repetition penalty may overflow
 
 
 def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: Sequence[int]) -> list[TokenLogprobs]:

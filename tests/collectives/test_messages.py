@@ -21,10 +21,10 @@ ids = st.lists(st.integers(0, 2**31 - 1), max_size=20).map(tuple)
 text = st.text(max_size=10)
 params = st.builds(
     SamplingParams,
-    max_tokens=st.integers(5, 2**40),
+    max_tokens=st.integers(5, 2**31 - 1),
     min_tokens=st.integers(0, 5),
     temperature=st.floats(0, 100) | st.integers(0, 3),
-    top_k=st.integers(-1, 2**40),
+    top_k=st.integers(-1, 2**31 - 1),
     top_p=st.floats(0.01, 1),
     logit_bias=st.dictionaries(st.integers(0, 10**6), st.floats(-100, 100), max_size=3),
     stop=st.lists(st.text(min_size=1, max_size=5), max_size=3).map(tuple),

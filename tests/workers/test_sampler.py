@@ -179,13 +179,19 @@ def test_uniforms_are_uniform_over_positions_and_uncorrelated_between_seeds() ->
 
 
 def test_rows_without_finite_logits_get_no_token() -> None:
-    logits = make_logits(4)
+    logits = make_logits(5)
     logits[1] = torch.nan
     logits[2] = -torch.inf
-    for params in (SamplingParams(temperature=0.0), SamplingParams(top_p=0.9), SamplingParams(logprobs=2)):
-        sampled = Sampler([EOS]).sample(logits, [make_row(params) for _ in range(4)])
+    logits[4, 7] = torch.inf
+    for params in (
+        SamplingParams(temperature=0.0),
+        SamplingParams(top_p=0.9),
+        SamplingParams(logprobs=2),
+        SamplingParams(repetition_penalty=1.1, min_tokens=1, logit_bias={7: -100.0}),
+    ):
+        sampled = Sampler([EOS]).sample(logits, [make_row(params) for _ in range(5)])
         ids = sampled.token_ids.tolist()
-        assert ids[1] == ids[2] == NO_TOKEN
+        assert ids[1] == ids[2] == ids[4] == NO_TOKEN
         assert min(ids[0], ids[3]) >= 0
         assert set(sampled.logprobs) == ({0, 3} if params.logprobs else set())
 
@@ -196,6 +202,6 @@ def test_no_options_leave_a_row_without_a_token() -> None:
         SamplingParams(repetition_penalty=1e-45, temperature=0.0),
         SamplingParams(repetition_penalty=1e-45, temperature=5e-324, top_p=1e-300),
         SamplingParams(min_tokens=3, max_tokens=9, stop_token_ids=tuple(range(VOCAB))),
-        SamplingParams(min_p=1.0, top_k=2**40),
+        SamplingParams(min_p=1.0, top_k=2**31 - 1),
     ):
         assert 0 <= Sampler([EOS]).sample(logits, [make_row(params)]).token_ids.item() < VOCAB
