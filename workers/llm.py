@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..runtime.config import SchedulerConfig
 from ..runtime.errors import FuselineError, InternalError, InvalidArgumentError, UnavailableError
 from ..runtime.request import FinishReason, Request, SequenceOutput, TokenLogprobs
+from ..runtime.request_check import check_request
 from ..runtime.sampling_params import MAX_SEED, SamplingParams, child_seed
 from ..runtime.sharding import ParallelConfig
 from .group import GroupConfig, ModelGroup
@@ -213,7 +214,10 @@ class LLM:
             groups = [
                 self._expand(ids, one, rank) for ids, one, rank in zip(token_ids, params, priorities, strict=True)
             ]
-            self._run([generation for group in groups for generation in group], progress)
+            generations = [generation for group in groups for generation in group]
+            for generation in generations:
+                check_request(self._group.engine_config, generation.request)
+            self._run(generations, progress)
             return [_output(text, group) for text, group in zip(texts, groups, strict=True)]
         finally:
             self._lock.release()

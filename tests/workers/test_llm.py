@@ -221,6 +221,15 @@ def test_a_bad_prompt_among_good_ones_ends_all(demo: LLM) -> None:
     assert demo.generate("good", GREEDY)[0].outputs[0].token_ids
 
 
+def test_a_bad_prompt_is_found_before_anything_is_computed(tiny: Tiny) -> None:
+    with LLM(str(tiny[0]), **SMALL_LLM) as llm:
+        engine = llm.group.engine
+        engine.config = replace(engine.config, scheduler=replace(engine.config.scheduler, max_num_queued=3))
+        with pytest.raises(InvalidArgumentError):
+            llm.generate([[7]] * 8 + [[101]], GREEDY)
+        assert engine.stats().num_steps == 0
+
+
 def test_no_prompts_no_outputs(demo: LLM) -> None:
     assert demo.generate([]) == []
 

@@ -31,7 +31,7 @@ class ConfigFields:
 
         Raises:
             NotFoundError: there is no such file.
-            ModelFormatError: it is too large, not JSON, or not an object.
+            ModelFormatError: it cannot be read, is too large, not JSON, or not an object.
         """
         try:
             size = path.stat().st_size
@@ -40,6 +40,8 @@ class ConfigFields:
             values = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise NotFoundError(f"{path} does not exist", file=path) from None
+        except OSError as error:
+            raise ModelFormatError(f"{path} cannot be read: {error.strerror}", file=path) from error
         except (ValueError, RecursionError) as error:
             raise ModelFormatError(f"{path} is not valid JSON: {error}", file=path) from error
         if not isinstance(values, dict):

@@ -203,6 +203,12 @@ def test_a_file_that_is_not_text(tmp_path: Path) -> None:
         load_model_config(tmp_path)
 
 
+def test_a_configuration_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(ModelFormatError, match=r"config\.json cannot be read"):
+        load_model_config(tmp_path)
+
+
 def test_a_directory_without_a_configuration(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match=r"config\.json does not exist"):
         load_model_config(tmp_path)
