@@ -65,7 +65,9 @@ class KvSender:
         self._watcher.start()
 
     def start(self, reservation: KvReservation, block_ids: Sequence[int]) -> None:
-        """Begin a handoff of the sequence that these blocks hold. Connects in the background.
+        """Begin a handoff of the sequence that these blocks hold; ``finish`` or ``cancel`` must end it.
+
+        Connects in the background; that a destination cannot be reached is told by ``finish``.
 
         Raises:
             AlreadyExistsError: it has begun.

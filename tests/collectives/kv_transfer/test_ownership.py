@@ -21,7 +21,7 @@ from fuseline.collectives.kv_transfer import (
     provenance_digest,
 )
 from fuseline.collectives.kv_transfer import receiver as receiver_module
-from fuseline.runtime.errors import CancelledError, UnavailableError
+from fuseline.runtime.errors import CancelledError, InternalError, UnavailableError
 from fuseline.runtime.sharding import KvRange, ParallelConfig
 from fuseline.tests.kv_ranks import UNTOUCHED, DecodeRank, PrefillRank, Servers, prompt_kv, provenance, reserve
 
@@ -154,4 +154,17 @@ def test_failure_is_told_only_when_no_copy_is_under_way(
     gate.opened.set()
     with pytest.raises(UnavailableError):
         future.result(30)
+    prefill.sender.close()
+
+
+def test_cache_that_cannot_be_read_fails_the_handoff(servers: Servers, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("an illegal memory access was encountered")  # as torch reports a broken device
+
+    decode, prefill = DecodeRank(servers, "shm"), PrefillRank(prompt_kv(8), [3, 1])
+    handoff = reserve([decode], EXPECTED, [2])
+    monkeypatch.setattr(prefill.sender._cache, "gather", fail)
+    prefill.sender.start(handoff.reservation, [3, 1])
+    with pytest.raises(InternalError, match="illegal memory access"):
+        prefill.sender.finish(handoff.id).result(30)
     prefill.sender.close()
