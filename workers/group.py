@@ -20,7 +20,7 @@ from ..runtime.handoff import RankEndpoint
 from ..runtime.sharding import ParallelConfig, kv_range
 from .executor import GroupExecutor
 from .launcher import LocalLauncher, RankLauncher, RankProcess
-from .loader import model_info, resolve_model
+from .loader import Progress, model_info, resolve_model
 from .rank import RankWorker
 from .rank_protocol import CODEC, AllocateCache, Loaded, LoadModel, Ready
 
@@ -117,12 +117,14 @@ class ModelGroup:
         config: GroupConfig,
         launcher: RankLauncher | None = None,
         clock: Callable[[], float] = time.monotonic,
+        progress: Progress | None = None,
     ) -> ModelGroup:
         """Start all ranks, load the model, make the KV cache. Blocks; on failure nothing is left behind.
 
         Args:
             launcher: of the ranks beyond the first; None starts them on this machine.
             clock: of the engine.
+            progress: of loading the first rank's weights, see ``load_model``; None logs it, as further ranks do.
 
         Raises:
             NotFoundError, ModelFormatError, InvalidArgumentError: of model and configuration.
@@ -158,7 +160,7 @@ class ModelGroup:
             store = CommunicatorStore(launcher.host, config.start_timeout_s)
             load = replace(load, store_address=store.address)
             others = _launch(launcher, parallel.world_size, device, config.start_timeout_s)
-        first = RankWorker(0, torch.device("cuda:0" if device == "cuda" else "cpu"), launcher.host)
+        first = RankWorker(0, torch.device("cuda:0" if device == "cuda" else "cpu"), launcher.host, progress)
         executor = GroupExecutor(first, others, config.step_timeout_s)
         try:
             loaded = executor.ask(load, Loaded, max(0.1, deadline - time.monotonic()))

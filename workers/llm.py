@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..runtime.config import SchedulerConfig
 from ..runtime.errors import FuselineError, InternalError, InvalidArgumentError, UnavailableError
@@ -165,7 +165,12 @@ class LLM:
         )
         self._lock = threading.Lock()
         self._request_ids = itertools.count()
-        self._group = ModelGroup.start(config)
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+            task = bar.add_task(f"loading {model}", total=None)
+            self._group = ModelGroup.start(
+                config, progress=lambda done, total: bar.update(task, completed=done, total=total)
+            )
         # Whoever forgets to close must not be left with processes and gigabytes.
         self._close = weakref.finalize(self, self._group.close)
         try:

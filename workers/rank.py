@@ -14,6 +14,7 @@ import queue
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ from ..runtime.plan import StepPlan, StepResult
 from ..runtime.sharding import kv_range
 from .handoffs import KvPush, RankHandoffs
 from .kv_server import KvServer
-from .loader import load_model, model_info, resolve_model
+from .loader import Progress, load_model, model_info, resolve_model
 from .memory import kv_budget_bytes, max_kv_blocks
 from .model_runner import ModelRunner
 from .models.decoder import DecoderModel
@@ -64,6 +65,7 @@ from .rank_protocol import (
 )
 
 logger = logging.getLogger(__name__)
+_LOADING_LOG_S = 2.0
 _MAX_QUEUED = 256  # computing messages; the pipeline's depth bounds them far below
 
 
@@ -83,13 +85,15 @@ class RankWorker:
 
     Args:
         host: the address of this machine that peers reach.
+        progress: of loading the weights, see ``load_model``; None logs it.
     """
 
-    def __init__(self, rank: int, device: torch.device, host: str) -> None:
+    def __init__(self, rank: int, device: torch.device, host: str, progress: Progress | None = None) -> None:
         self.rank = rank
         self.kv_receiver: KvReceiver | None = None
         self._device = device
         self._host = host
+        self._progress = progress or _LoadingLog(rank)
         self._config: LoadModel | None = None
         self._communicators: GroupCommunicators | None = None
         self._model: DecoderModel | None = None
@@ -192,7 +196,14 @@ class RankWorker:
             config.store_address, parallel, self.rank, self._device, config.timeout_s, self._host
         )
         self._model = load_model(
-            path, load_model_config(path), info.dtype, self._device, parallel, self.rank, self._communicators
+            path,
+            load_model_config(path),
+            info.dtype,
+            self._device,
+            parallel,
+            self.rank,
+            self._communicators,
+            self._progress,
         )
         self._config = config
         if config.num_kv_blocks is not None:
@@ -235,6 +246,20 @@ class RankWorker:
         if self._sender is not None:
             self._sender.close()
         self._model = self._runner = None
+
+
+class _LoadingLog:
+    """Logs now and then how far a rank's weights are read; nothing when that takes no time."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+        self._next = time.monotonic() + _LOADING_LOG_S
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now >= self._next:
+            self._next = now + _LOADING_LOG_S
+            logger.info("rank %d: %d of %d MiB of weights loaded", self._rank, done >> 20, total >> 20)
 
 
 def run_rank(bootstrap: RankBootstrap) -> None:

@@ -28,6 +28,7 @@ from fuseline.runtime.request import Request
 from fuseline.runtime.sampling_params import SamplingParams
 from fuseline.runtime.sharding import ParallelConfig
 from fuseline.tests.workers.llm_cases import SMALL_LLM, logprobs_of, run_mixed, tokens_of, write_tiny
+from fuseline.workers import rank
 from fuseline.workers.group import GroupConfig, ModelGroup
 from fuseline.workers.launcher import LocalLauncher, RankProcess
 from fuseline.workers.llm import LLM, RequestOutput
@@ -125,9 +126,9 @@ def test_ranks_end_with_the_process_of_their_group(tiny: Path) -> None:
     )
     with owner:
         assert owner.stdout is not None
-        rank = psutil.Process(int(owner.stdout.readline()))
+        child = psutil.Process(int(owner.stdout.readline()))
         owner.kill()
-    rank.wait(2)
+    child.wait(2)
 
 
 def test_a_forgotten_llm_is_closed(tiny: Path) -> None:
@@ -157,6 +158,19 @@ def test_a_cache_that_cannot_be_is_refused_before_anything_starts(tiny: Path, fi
     with pytest.raises(InvalidArgumentError) as raised:
         ModelGroup.start(group_config(tiny, tp=2, **{field: value}), NoLauncher())
     assert (raised.value.details["field"], raised.value.details["value"]) == (field, str(value))
+
+
+def test_loading_shows_progress(
+    tiny: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[int, int]] = []
+    ModelGroup.start(group_config(tiny), progress=lambda done, total: told.append((done, total))).close()
+    assert told == sorted(told)
+    assert told[-1][0] == told[-1][1] > 100_000
+    monkeypatch.setattr(rank, "_LOADING_LOG_S", 0.0)
+    with caplog.at_level("INFO"):
+        ModelGroup.start(group_config(tiny)).close()
+    assert "rank 0: 0 of 0 MiB of weights loaded" in caplog.text
 
 
 def test_start_failures_are_typed_and_leave_nothing(tiny: Path, tmp_path: Path) -> None:

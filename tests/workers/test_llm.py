@@ -273,6 +273,16 @@ def test_the_progress_bar_counts_sequences(
     assert capsys.readouterr().err == ""
 
 
+def test_loading_shows_a_bar_on_a_terminal(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    LLM(str(tiny[0]), **SMALL_LLM).close()
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    LLM(str(tiny[0]), **SMALL_LLM).close()
+    assert "loading" in capsys.readouterr().err
+
+
 def test_importing_the_package_imports_no_torch() -> None:
     code = "import sys, fuseline; fuseline.SamplingParams; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-P", "-c", code], cwd=DEMO).returncode == 0
