@@ -51,10 +51,10 @@ class SamplingParams:
     prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        object.__setattr__(self, "stop", tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        # A bare string is one stop string, and None is none at all, as vLLM's users write it.
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        object.__setattr__(self, "logit_bias", self.logit_bias or {})
         _check_int("n", self.n, 1, MAX_N)
         _check_int("max_tokens", self.max_tokens, 1, MAX_INT)
         _check_int("min_tokens", self.min_tokens, 0, self.max_tokens)

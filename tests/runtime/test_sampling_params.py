@@ -77,3 +77,7 @@ def test_the_limits_themselves_are_allowed() -> None:
 
 def test_one_stop_string_may_be_given_bare() -> None:
     assert SamplingParams(stop="end").stop == ("end",)  # type: ignore[arg-type]
+
+
+def test_none_is_nothing() -> None:
+    assert SamplingParams(stop=None, stop_token_ids=None, logit_bias=None) == SamplingParams()  # type: ignore[arg-type]
