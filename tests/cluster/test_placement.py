@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fuseline.cluster.cluster_config import ClusterConfig, PoolConfig
-from fuseline.cluster.placement import ReplicaPlacement, Resources, fits, check_room, place
+from fuseline.cluster.placement import ReplicaPlacement, Resources, check_room, fits, place
 from fuseline.cluster.reconcile import Target
 from fuseline.runtime.errors import ResourceExhaustedError
 from fuseline.runtime.role import WorkerRole
