@@ -314,4 +314,4 @@ def _typed(error: grpc.RpcError, address: str) -> FuselineError:
 
 def _reason(message: str) -> str:
     """The end of gRPC's chain of causes: "Connection refused", "Socket closed"."""
-    return message.rpartition(": ")[2] or "the connection broke"
+    return message.rpartition(": ")[2].rstrip(")]") or "the connection broke"

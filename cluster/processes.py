@@ -65,7 +65,8 @@ def wait_ended(processes: Iterable[Process], timeout_s: float) -> set[Process]:
 def end_all(processes: Iterable[Process], timeout_s: float) -> None:
     """Let the processes end by themselves; kill what is left when the time is up."""
     for process in wait_ended(processes, timeout_s):
-        logger.warning("process %d has not ended within %g s: killing it", process.pid, timeout_s)
+        if timeout_s > 0:
+            logger.warning("process %d has not ended within %g s: killing it", process.pid, timeout_s)
         with contextlib.suppress(ProcessLookupError):
             os.kill(process.pid, signal.SIGKILL)
 

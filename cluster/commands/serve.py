@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ...runtime.sharding import ParallelConfig
-from ..cluster_config import DEFAULT_PORT, ClusterConfig, EngineLimits, PoolConfig
+from ..cluster_config import DEFAULT_PORT, ClusterConfig, EngineLimits, PoolConfig, check_num_replicas
 from .common import reporting
 
 _LIMITS = EngineLimits()
@@ -98,6 +98,8 @@ def serve(
 
     The first Ctrl-C lets requests finish for a while and clears everything away, the second one ends at once.
     """
+    check_num_replicas("prefill", prefill, 0)
+    check_num_replicas("decode", decode, 1)
     config = ClusterConfig(
         model=model,
         served_name=served_model_name,

@@ -53,6 +53,8 @@ def test_it_says_what_there_is(run: Run) -> None:
     ("line", "code", "message"),
     [
         ("serve demo --decode 0", 2, "decode must have 1 to 1024 replicas, got 0"),
+        ("serve demo --prefill -1", 2, "prefill must have 0 to 1024 replicas, got -1"),
+        ("serve demo --grpc-port 0 -tp 3", 1, "num_attention_heads=4 is not divisible by tensor_parallel_size=3"),
         ("serve demo --tensor-parallel-size 0", 2, "tensor_parallel_size must be between 1 and 64, got 0"),
         ("serve demo --decode-tensor-parallel-size 0", 2, "tensor_parallel_size must be between"),
         ("serve demo --dtype float8", 2, "dtype must be one of"),
