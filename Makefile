@@ -10,10 +10,12 @@ TORCH := $(if $(shell command -v nvidia-smi 2>/dev/null),torch>=2.11,torch==2.13
 
 $(BIN)/.installed: pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip setuptools wheel
-	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet --no-build-isolation --editable ".[dev]"
-	touch $@
+	@echo "installing into $(VENV)/, which takes some minutes (log: $(VENV)/install.log)"
+	@{ $(BIN)/pip install --upgrade pip setuptools wheel \
+	  && $(BIN)/pip install "$(TORCH)" \
+	  && $(BIN)/pip install --no-build-isolation --editable ".[dev]"; \
+	} > $(VENV)/install.log 2>&1 || { cat $(VENV)/install.log; exit 1; }
+	@touch $@
 
 demo: $(BIN)/.installed
 	$(BIN)/python examples/demo.py
