@@ -170,6 +170,7 @@ import asyncio, signal, sys
 from fuseline.cluster.cluster_config import ClusterConfig, PoolConfig
 from fuseline.cluster.ray_backend import RayBackend
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background inherit that it is ignored
 with RayBackend.start(ClusterConfig(device="cpu", prefill=PoolConfig(0), ray_address=sys.argv[1])) as backend:
     status = asyncio.run(backend.controller.status())
     print(status.config.ray_address or backend.log_dir, flush=True)
