@@ -138,14 +138,20 @@ def test_failure_is_told_only_when_no_copy_is_under_way(
     """One of two destinations is gone; the caller would free the blocks that a copy for the other one still reads."""
     parallel = ParallelConfig(tensor_parallel_size=2)
     group = [DecodeRank(servers, "grpc", parallel, rank) for rank in range(2)]
-    prefill = PrefillRank(prompt_kv(8), [3, 1])
-    handoff = reserve(group, EXPECTED, [2])
     servers.stop(group[1].address)
-    gate = Gate()
-    monkeypatch.setattr(prefill.sender._cache, "gather", gate.before(prefill.sender._cache.gather))
-    prefill.sender.start(handoff.reservation, [3, 1])
-    future = prefill.sender.finish(handoff.id)
-    assert gate.entered.wait(30)
+    for _ in range(50):  # the failure may come before the copy begins: then there is nothing to see
+        prefill, gate = PrefillRank(prompt_kv(8), [3, 1]), Gate()
+        monkeypatch.setattr(prefill.sender._cache, "gather", gate.before(prefill.sender._cache.gather))
+        handoff = reserve(group, EXPECTED, [2])
+        prefill.sender.start(handoff.reservation, [3, 1])
+        future = prefill.sender.finish(handoff.id)
+        while not gate.entered.wait(0.01) and not future.done():
+            pass
+        if gate.num_calls:
+            break
+        assert isinstance(future.exception(), UnavailableError)
+        prefill.sender.close()
+    assert gate.num_calls
     deadline = time.monotonic() + 30
     while not prefill.sender.stats().num_failed and time.monotonic() < deadline:
         threading.Event().wait(0.01)
