@@ -4,7 +4,8 @@ A model calls ``plan_attention`` and ``rotary_cos_sin`` once per step, ``embeddi
 ``attention_block`` and ``mlp_block``, then ``head``. The block ops keep the residual stream apart from the last
 block's output: each takes ``(residual, delta)``, works on ``residual + delta``, and returns that sum and its own
 ``delta``. With tensor parallelism ``delta`` is a partial sum, and the caller all-reduces it between the blocks; so an
-implementation may fuse a whole block, from the addition to the output projection, into one kernel.
+implementation may fuse a whole block, from the addition to the output projection, into one kernel. The residual is
+float32 whatever the weights' dtype; a delta is float32 or of the weights' dtype, as the implementation makes it.
 
 The single ops are the pieces of those blocks. Every op checks shapes, dtypes and devices before it computes anything
 and raises KernelArgumentError; what only the values can tell (a block id out of range) is the caller's promise.
@@ -56,7 +57,7 @@ def embedding(token_ids: Tensor, weight: Tensor, vocab_start: int, vocab_size: i
         weight: [V, H], rows ``[vocab_start, vocab_start + V)`` of the table.
 
     Returns:
-        [T, H], of the dtype of ``weight``.
+        float32[T, H].
     """
     _check_index("token_ids", token_ids, weight)
     _check_dims("weight", weight, 2)
@@ -69,17 +70,28 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``x / sqrt(mean(x**2) + eps) * weight`` over the last dimension.
 
     Args:
-        x: [..., n].
-        weight: [n], of the same dtype.
+        x: [..., n], float32 or of the dtype of ``weight``.
+        weight: [n].
+
+    Returns:
+        [..., n], of the dtype of ``weight``.
     """
-    _check_last("x", x, weight)
+    _check_width("x", x, weight)
     return dense.rms_norm(x, weight, eps)
 
 
 def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """``x + delta`` (``x`` itself when there is no delta), and its RMSNorm."""
-    _check_last("x", x, weight)
-    _check_delta(x, delta)
+    """``x + delta`` (``x`` itself when there is no delta) in float32, and its RMSNorm.
+
+    Args:
+        x: float32[..., n].
+        delta: of the same shape, float32 or of the dtype of ``weight``.
+        weight: [n].
+
+    Returns:
+        float32[..., n], and [..., n] of the dtype of ``weight``.
+    """
+    _check_stream(x, delta, weight)
     return dense.add_rms_norm(x, delta, weight, eps)
 
 
@@ -214,13 +226,15 @@ def attention_block(
     Changes ``kv_layer``. The weights fit ``spec`` (``AttentionWeights.check``).
 
     Args:
-        residual, delta: [T, H]; no delta in front of the first layer.
+        residual: float32[T, H].
+        delta: [T, H], float32 or of the weights' dtype; None in front of the first layer.
         rotary: of ``rotary_cos_sin``.
 
     Returns:
-        ``residual + delta``, and this block's output (a partial sum under tensor parallelism), both [T, H].
+        ``residual + delta``, and this block's output (a partial sum under tensor parallelism), as the arguments are.
     """
-    _check_stream(residual, delta, weights.norm, plan.step.num_tokens)
+    _check_rows(residual, plan.step.num_tokens)
+    _check_stream(residual, delta, weights.norm)
     _check_layer(kv_layer, plan)
     _check_window(spec.sliding_window, plan)
     if (spec.num_kv_heads, spec.head_dim) != (plan.geometry.num_kv_heads, plan.geometry.head_dim):
@@ -234,7 +248,8 @@ def mlp_block(residual: Tensor, delta: Tensor | None, weights: MlpWeights, eps: 
     Returns:
         As ``attention_block`` does.
     """
-    _check_stream(residual, delta, weights.norm, residual.shape[0])
+    _check_rows(residual, residual.shape[0])
+    _check_stream(residual, delta, weights.norm)
     return blocks.mlp_block(residual, delta, weights, eps)
 
 
@@ -249,9 +264,10 @@ def head(
         logits_indices: int64[S].
 
     Returns:
-        [S, V], of the dtype of ``weight``.
+        float32[S, V].
     """
-    _check_stream(residual, delta, norm, residual.shape[0])
+    _check_rows(residual, residual.shape[0])
+    _check_stream(residual, delta, norm)
     _check_last("norm", norm, weight)
     _check_index("logits_indices", logits_indices, residual)
     return blocks.head(residual, delta, norm, weight, logits_indices, eps)
@@ -272,22 +288,32 @@ def _check_index(name: str, index: Tensor, beside: Tensor) -> None:
 
 
 def _check_last(name: str, x: Tensor, weight: Tensor) -> None:
-    if x.shape[-1] != weight.shape[-1] or x.dtype != weight.dtype or x.device != weight.device:
+    _check_width(name, x, weight)
+    if x.dtype != weight.dtype:
         raise KernelArgumentError(f"{name} {_describe(x)} does not fit the weight {_describe(weight)}")
-    if x.dtype not in FLOAT_DTYPES:
-        raise KernelArgumentError(f"{name} must be a float tensor, got {_describe(x)}")
 
 
-def _check_delta(x: Tensor, delta: Tensor | None) -> None:
-    if delta is not None and (delta.shape != x.shape or delta.dtype != x.dtype or delta.device != x.device):
-        raise KernelArgumentError(f"delta {_describe(delta)} does not fit {_describe(x)}")
+def _check_width(name: str, x: Tensor, weight: Tensor) -> None:
+    if x.shape[-1] != weight.shape[-1] or x.device != weight.device or weight.dtype not in FLOAT_DTYPES:
+        raise KernelArgumentError(f"{name} {_describe(x)} does not fit the weight {_describe(weight)}")
+    if x.dtype not in (torch.float32, weight.dtype):
+        raise KernelArgumentError(f"{name} must be float32 or {weight.dtype}, got {_describe(x)}")
 
 
-def _check_stream(residual: Tensor, delta: Tensor | None, norm: Tensor, num_tokens: int) -> None:
+def _check_rows(residual: Tensor, num_tokens: int) -> None:
     if residual.dim() != 2 or residual.shape[0] != num_tokens:
         raise KernelArgumentError(f"residual must be [{num_tokens}, H], got {_describe(residual)}")
-    _check_last("residual", residual, norm)
-    _check_delta(residual, delta)
+
+
+def _check_stream(residual: Tensor, delta: Tensor | None, norm: Tensor) -> None:
+    if residual.dtype != torch.float32:
+        raise KernelArgumentError(f"the residual stream is float32, got {_describe(residual)}")
+    _check_width("residual", residual, norm)
+    if delta is None:
+        return
+    if delta.shape != residual.shape:
+        raise KernelArgumentError(f"delta {_describe(delta)} does not fit {_describe(residual)}")
+    _check_width("delta", delta, norm)
 
 
 def _check_window(window: int | None, plan: AttentionPlan) -> None:

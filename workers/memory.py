@@ -76,6 +76,7 @@ def step_workspace_bytes(info: ModelInfo, scheduler: SchedulerConfig, parallel: 
     itemsize = DTYPES[info.dtype].itemsize
     qkv = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim // tp
     per_token = (6 * shape.hidden_size + 3 * qkv + 4 * shape.intermediate_size // tp) * itemsize
+    per_token += 2 * shape.hidden_size * 4  # the residual stream is float32
     num_logits = scheduler.max_num_seqs + min(scheduler.max_num_batched_tokens, MAX_PROMPT_LOGPROB_TOKENS)
     logits = num_logits * shape.vocab_size * (itemsize + 4)
     return int((scheduler.max_num_batched_tokens * per_token + logits) * _WORKSPACE_SLACK) + 256 * 2**20

@@ -46,7 +46,6 @@ class ModelRunner:
         self._pp = pp
         self._samples = is_first_of_stage and pp.rank == pp.world_size - 1
         self._device = kv_cache.device
-        self._dtype = kv_cache.dtype
         self._block_size = config.cache.block_size
         self._sampler = Sampler(config.model.eos_token_ids)
         # The mirror, by row.
@@ -82,7 +81,7 @@ class ModelRunner:
         hidden: Tensor | None = None
         if self._pp.rank > 0:
             shape = (batch.num_tokens, self._config.model.shape.hidden_size)
-            hidden = self._pp.recv(torch.empty(shape, dtype=self._dtype, device=self._device), self._pp.rank - 1)
+            hidden = self._pp.recv(torch.empty(shape, dtype=torch.float32, device=self._device), self._pp.rank - 1)
         output = self._model.forward(batch, self._kv_cache, hidden, on_layer)
         if self._pp.rank < self._pp.world_size - 1:
             self._pp.send(output, self._pp.rank + 1)

@@ -52,4 +52,4 @@ def head(
     rows = residual.index_select(0, logits_indices)
     rows_delta = None if delta is None else delta.index_select(0, logits_indices)
     _, normed = add_rms_norm(rows, rows_delta, norm, eps)
-    return linear(normed, weight, None)
+    return linear(normed, weight, None).float()

@@ -12,12 +12,12 @@ def embedding(token_ids: Tensor, weight: Tensor, vocab_start: int, vocab_size: i
     """See ``ops.embedding``."""
     rows = weight.shape[0]
     if rows == vocab_size:
-        return F.embedding(token_ids, weight)
+        return F.embedding(token_ids, weight).float()
     if rows == 0:
-        return weight.new_zeros(token_ids.shape[0], weight.shape[1])
+        return weight.new_zeros((token_ids.shape[0], weight.shape[1]), dtype=torch.float32)
     local = token_ids - vocab_start
     elsewhere = (local < 0) | (local >= rows)
-    return F.embedding(local.masked_fill(elsewhere, 0), weight).masked_fill_(elsewhere[:, None], 0)
+    return F.embedding(local.masked_fill(elsewhere, 0), weight).float().masked_fill_(elsewhere[:, None], 0)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -25,7 +25,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     # eps + norm**2 / n: as few passes and temporaries as torch allows.
     scale = torch.addcmul(torch.full((), eps, device=x.device), norm, norm, value=1 / x.shape[-1]).rsqrt_()
-    return (x * scale).mul_(weight).to(x.dtype)
+    return (x * scale).mul_(weight).to(weight.dtype)
 
 
 def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -31,9 +31,9 @@ def test_vocabulary_shards_add_up_to_the_table(bounds: list[int], dtype: torch.d
     table = randn(11, 8, dtype=dtype)
     ids = torch.tensor([10, 0, 5, 6, 3, 10])
     shards = [ops.embedding(ids, table[low:high], low, 11) for low, high in itertools.pairwise(bounds)]
-    assert torch.equal(torch.stack(shards).sum(0), table[ids])
+    assert torch.equal(torch.stack(shards).sum(0), table[ids].float())
     poisoned = torch.full_like(table[:3], float("nan"))
-    assert torch.equal(ops.embedding(torch.tensor([3, 10]), poisoned, 0, 11), torch.zeros(2, 8, dtype=dtype))
+    assert torch.equal(ops.embedding(torch.tensor([3, 10]), poisoned, 0, 11), torch.zeros(2, 8))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -43,12 +43,15 @@ def test_rms_norm(dtype: torch.dtype) -> None:
     wide = x.double()
     exact = wide / (wide.square().mean(-1, keepdim=True) + 1e-3).sqrt() * weight.double()
     assert_close(ops.rms_norm(x, weight, 1e-3), exact)
-    before = x.clone()
-    total, normed = ops.add_rms_norm(x, delta, weight, 1e-3)
-    assert torch.equal(total, x + delta)
-    assert torch.equal(normed, ops.rms_norm(x + delta, weight, 1e-3))
-    assert torch.equal(x, before)
-    assert torch.equal(ops.add_rms_norm(x, None, weight, 1e-3)[1], ops.rms_norm(x, weight, 1e-3))
+    residual = randn(5, 3, 24, seed=3)
+    before = residual.clone()
+    for part in (delta, delta.float()):
+        total, normed = ops.add_rms_norm(residual, part, weight, 1e-3)
+        assert torch.equal(total, residual + part)
+        assert torch.equal(normed, ops.rms_norm(residual + part, weight, 1e-3))
+    assert torch.equal(residual, before)
+    assert torch.equal(ops.add_rms_norm(residual, None, weight, 1e-3)[1], ops.rms_norm(residual, weight, 1e-3))
+    assert normed.dtype == dtype
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -92,6 +95,17 @@ def test_blocks_keep_the_residual_apart() -> None:
     assert (logits - exact).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_residual_stream_is_float32_whatever_the_weights(dtype: torch.dtype) -> None:
+    weights = MlpWeights(randn(8, dtype=dtype), randn(24, 8, seed=1, dtype=dtype), randn(8, 12, seed=2, dtype=dtype))
+    residual = 1 + randn(3, 8, seed=3) * 1e-4  # what the weights' dtype would round away
+    for delta in (None, randn(3, 8, seed=4, dtype=dtype), randn(3, 8, seed=4)):
+        total, _ = ops.mlp_block(residual, delta, weights, 1e-5)
+        assert torch.equal(total, residual if delta is None else residual + delta)
+    logits = ops.head(residual, None, weights.norm, weights.down.T.contiguous(), torch.tensor([1]), 1e-5)
+    assert logits.dtype == torch.float32
+
+
 IDS = torch.tensor([1, 2])
 REFUSED: list[Callable[[], object]] = [
     lambda: ops.embedding(IDS.int(), randn(4, 8), 0, 4),
@@ -100,9 +114,11 @@ REFUSED: list[Callable[[], object]] = [
     lambda: ops.embedding(IDS, randn(4, 8), 1, 4),
     lambda: ops.embedding(IDS, randn(4, 8), -1, 4),
     lambda: ops.rms_norm(randn(2, 8), randn(7), 1e-5),
-    lambda: ops.rms_norm(randn(2, 8), randn(8).bfloat16(), 1e-5),
+    lambda: ops.rms_norm(randn(2, 8).half(), randn(8).bfloat16(), 1e-5),
     lambda: ops.rms_norm(IDS, IDS, 1e-5),
     lambda: ops.add_rms_norm(randn(2, 8), randn(8), randn(8), 1e-5),
+    lambda: ops.add_rms_norm(randn(2, 8).half(), None, randn(8).half(), 1e-5),
+    lambda: ops.add_rms_norm(randn(2, 8), randn(2, 8).half(), randn(8).bfloat16(), 1e-5),
     lambda: ops.linear(randn(2, 8), randn(4, 7)),
     lambda: ops.linear(randn(2, 8), randn(4, 8), randn(5)),
     lambda: ops.linear(randn(2, 8), randn(4, 8), randn(4).bfloat16()),

@@ -70,13 +70,13 @@ class DecoderModel:
         Args:
             batch: the same on all ranks.
             kv_cache: of ``new_kv_cache``.
-            hidden: [T, hidden_size], the previous stage's result; None on the first stage. Not changed.
+            hidden: float32[T, hidden_size], the previous stage's result; None on the first stage. Not changed.
             on_layer: called with a layer's index in the whole model once the step's KV of that layer is written
                 (queued, on a GPU).
 
         Returns:
             On the last stage float32 logits [S, vocab_size]; complete on the first tensor-parallel rank only, the
-            others get no rows. On earlier stages [T, hidden_size] for the next one.
+            others get no rows. On earlier stages float32[T, hidden_size] for the next one.
 
         Raises:
             InvalidArgumentError: ``hidden`` is missing.
@@ -115,11 +115,11 @@ class DecoderModel:
         """float32[S, vocab_size] on the first rank, of the ranks' shards, which may differ by a row."""
         size = self._tp.world_size
         if size == 1:
-            return logits.float()
+            return logits
         bounds = [vocab_range(self.config.vocab_size, size, rank) for rank in range(size)]
         widest = bounds[0][1] - bounds[0][0]
         padded = F.pad(logits, (0, widest - logits.shape[1]))
         gathered = self._tp.all_gather(padded[None], dim=0)
         if self._tp.rank != 0:
             return gathered.new_empty((0, self.config.vocab_size), dtype=torch.float32)
-        return torch.cat([gathered[rank, :, : end - start] for rank, (start, end) in enumerate(bounds)], 1).float()
+        return torch.cat([gathered[rank, :, : end - start] for rank, (start, end) in enumerate(bounds)], 1)

@@ -104,7 +104,7 @@ class Driver:
         model = self.models[rank]
         if pp.rank > 0:
             shape = (batch.num_tokens, model.config.hidden_size)
-            hidden = pp.recv(torch.empty(shape, dtype=self.caches[rank].dtype), pp.rank - 1)
+            hidden = pp.recv(torch.empty(shape, dtype=torch.float32), pp.rank - 1)
         result = model.forward(batch, self.caches[rank], hidden)
         if pp.rank < pp.world_size - 1:
             pp.send(result, pp.rank + 1)
