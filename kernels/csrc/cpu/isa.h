@@ -1,0 +1,149 @@
+// What the level this file is compiled for computes with: one vector of floats, its arithmetic, and how weights and KV
+// of each dtype are widened into it. The level is the compiler's flags; kernels/cpu/library.py chooses them.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define FUSELINE_EXPORT __attribute__((visibility("default")))
+
+namespace fuseline {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+constexpr int kLanes = kVectorBytes / 4;
+
+// One vector of floats, of 32-bit integers. Indexing, + - * / and comparisons are the compiler's.
+typedef float f32v __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t u32v __attribute__((vector_size(kVectorBytes)));
+typedef int32_t i32v __attribute__((vector_size(kVectorBytes)));
+
+// 16-bit floats as they lie in memory.
+struct bf16 {
+    uint16_t bits;
+};
+struct f16 {
+    uint16_t bits;
+};
+
+inline f32v splat(float value) {
+    return value - f32v{};
+}
+
+template <class V>
+inline V load_bytes(const void* from) {
+    V value;
+    std::memcpy(&value, from, sizeof value); // one unaligned load
+    return value;
+}
+
+inline f32v load(const float* from) {
+    return load_bytes<f32v>(from);
+}
+inline void store(float* to, f32v value) {
+    std::memcpy(to, &value, sizeof value);
+}
+
+// a * b + c, rounded once where the level has the instruction and twice where not.
+inline f32v fma(f32v a, f32v b, f32v c) {
+#if defined(__AVX512F__)
+    return (f32v)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+    return (f32v)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return a * b + c;
+#endif
+}
+
+inline float widen(float value) {
+    return value;
+}
+inline float widen(bf16 value) {
+    const uint32_t bits = uint32_t(value.bits) << 16;
+    float result;
+    std::memcpy(&result, &bits, sizeof result);
+    return result;
+}
+inline float widen(f16 value) {
+#if defined(__F16C__)
+    return _cvtsh_ss(value.bits);
+#else
+    // Exponent and mantissa in place, scaled by 2^112; infinity and NaN, whose exponents are all ones, apart.
+    const uint32_t sign = uint32_t(value.bits & 0x8000) << 16, rest = uint32_t(value.bits & 0x7fff) << 13;
+    float result;
+    std::memcpy(&result, &rest, sizeof result);
+    result *= 0x1p112f;
+    uint32_t bits;
+    std::memcpy(&bits, &result, sizeof bits);
+    bits = (rest >= 0x0f800000 ? (rest | 0x7f800000) : bits) | sign;
+    std::memcpy(&result, &bits, sizeof result);
+    return result;
+#endif
+}
+
+// kLanes consecutive elements, widened exactly.
+inline f32v load(const bf16* from) {
+#if defined(__AVX512F__)
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    return (f32v)_mm512_slli_epi32(wide, 16);
+#elif defined(__AVX2__)
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+    return (f32v)_mm256_slli_epi32(wide, 16);
+#else
+    u32v bits;
+    for (int lane = 0; lane < kLanes; ++lane)
+        bits[lane] = uint32_t(from[lane].bits) << 16;
+    return (f32v)bits;
+#endif
+}
+
+inline f32v load(const f16* from) {
+#if defined(__AVX512F__)
+    // The masked form, since GCC warns of the other.
+    return (f32v)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif defined(__F16C__) && defined(__AVX2__)
+    return (f32v)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#else
+    u32v bits;
+    for (int lane = 0; lane < kLanes; ++lane)
+        bits[lane] = from[lane].bits;
+    const u32v sign = (bits & 0x8000u) << 16, rest = (bits & 0x7fffu) << 13;
+    const u32v scaled = (u32v)((f32v)rest * 0x1p112f);
+    const u32v special = (u32v)(rest >= 0x0f800000u);
+    return (f32v)((special & (rest | 0x7f800000u)) | (~special & scaled) | sign);
+#endif
+}
+
+// Rounds to the nearest, ties to even; NaN stays NaN.
+inline uint16_t to_bf16_bits(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    if ((bits & 0x7fffffff) > 0x7f800000)
+        return uint16_t(bits >> 16 | 0x40);
+    return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// The sum of the lanes, in one fixed order: halves onto each other down to four, then (0 + 1) + (2 + 3).
+inline float hsum(f32v value) {
+    typedef float f32x4 __attribute__((vector_size(16)));
+    f32x4 sum;
+    float lanes[kLanes];
+    std::memcpy(lanes, &value, sizeof lanes);
+    for (int half = kLanes / 2; half >= 4; half /= 2) {
+        for (int lane = 0; lane < half; ++lane)
+            lanes[lane] += lanes[lane + half];
+    }
+    std::memcpy(&sum, lanes, sizeof sum);
+    return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
+
+} // namespace fuseline
