@@ -2,12 +2,16 @@
 
 A generation is a stream; leaving it (``close``, the end of its ``with``, garbage collection) cancels the request, and
 the cluster frees what it holds. Errors are the classes of ``runtime/errors.py``, with the gateway's details.
+CancelledError means that this client cancelled; a call that the other side cancels is UnavailableError.
 """
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -15,9 +19,16 @@ import grpc
 import grpc.aio
 
 from ..proto.fuseline.v1 import cluster_pb2, cluster_pb2_grpc, inference_pb2, inference_pb2_grpc
-from ..runtime.errors import DeadlineExceededError, FuselineError, InvalidArgumentError, UnavailableError
+from ..runtime.errors import (
+    CancelledError,
+    DeadlineExceededError,
+    ErrorCode,
+    FuselineError,
+    InvalidArgumentError,
+    UnavailableError,
+)
 from ..runtime.sampling_params import SamplingParams
-from ..workers.grpc_errors import error_from_rpc
+from ..workers.grpc_errors import error_from_rpc, make_error
 from ..workers.grpc_options import CHANNEL_OPTIONS
 from .generation import (
     GenerateChunk,
@@ -34,15 +45,51 @@ from .status import ClusterStatus, role_to_wire, status_from_wire
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 # Long enough for any healthy gateway; without it a call to a host that swallows packets would hang.
 CONTROL_TIMEOUT_S = 10.0
+LEFT = "the request was cancelled by its client"
+CLOSED = "the client was closed"
 _ADDRESS = re.compile(r"\S+:(\d{1,5})")
 
 
-class GenerateStream(Iterator[GenerateChunk]):
-    """The chunks of one request. Use it in a ``for``; ``close`` or leave its ``with`` to cancel what is not done."""
+@dataclass(slots=True)
+class _Door:
+    """The far end of a client's channel, and whether the client has closed its own."""
 
-    def __init__(self, call: Any, address: str) -> None:
+    address: str
+    is_closed: bool = False
+
+    def check_open(self) -> None:
+        if self.is_closed:
+            raise UnavailableError("the client is closed")
+
+
+class _Stream:
+    """What both kinds of stream share."""
+
+    def __init__(self, call: Any, door: _Door) -> None:
         self._call = call
-        self._address = address
+        self._door = door
+        self._is_left = False
+        self._num_tokens = 0
+
+    @property
+    def _is_cancelled(self) -> bool:
+        return self._is_left or self._door.is_closed
+
+    def _leave(self) -> None:
+        self._is_left = True
+        self._call.cancel()
+
+    def _chunk(self, message: inference_pb2.GenerateResponse) -> GenerateChunk:
+        chunk = chunk_from_wire(message)
+        self._num_tokens += len(chunk.token_ids)
+        return chunk
+
+    def _error(self, error: grpc.RpcError) -> FuselineError:
+        return _typed(error, self._door.address, self._num_tokens, is_cancelled=self._is_cancelled)
+
+
+class GenerateStream(_Stream, Iterator[GenerateChunk]):
+    """The chunks of one request. Use it in a ``for``; ``close`` or leave its ``with`` to cancel what is not done."""
 
     def __next__(self) -> GenerateChunk:
         """The next piece.
@@ -51,13 +98,13 @@ class GenerateStream(Iterator[GenerateChunk]):
             FuselineError: the request failed; the class says how.
         """
         try:
-            return chunk_from_wire(next(self._call))
+            return self._chunk(next(self._call))
         except grpc.RpcError as error:
-            raise _typed(error, self._address) from None
+            raise self._error(error) from None
 
     def close(self) -> None:
         """Cancel the request; nothing happens when it is done."""
-        self._call.cancel()
+        self._leave()
 
     def __enter__(self) -> Self:
         return self
@@ -68,13 +115,13 @@ class GenerateStream(Iterator[GenerateChunk]):
         self.close()
 
 
-class AsyncGenerateStream(AsyncIterator[GenerateChunk]):
+class AsyncGenerateStream(_Stream, AsyncIterator[GenerateChunk]):
     """The same for ``async for`` and ``async with``."""
 
-    def __init__(self, call: Any, address: str) -> None:
-        self._call = call
+    def __init__(self, call: Any, door: _Door) -> None:
+        super().__init__(call, door)
         self._messages = aiter(call)
-        self._address = address
+        self._has_ended = False
 
     async def __anext__(self) -> GenerateChunk:
         """The next piece.
@@ -82,14 +129,20 @@ class AsyncGenerateStream(AsyncIterator[GenerateChunk]):
         Raises:
             FuselineError: the request failed; the class says how.
         """
+        if self._is_cancelled and not self._has_ended:
+            raise CancelledError(LEFT)
         try:
-            return chunk_from_wire(await anext(self._messages))
+            with _cancelled_here(LEFT):
+                return self._chunk(await anext(self._messages))
         except grpc.RpcError as error:
-            raise _typed(error, self._address) from None
+            raise self._error(error) from None
+        except StopAsyncIteration:
+            self._has_ended = True
+            raise
 
     async def aclose(self) -> None:
         """Cancel the request; nothing happens when it is done."""
-        self._call.cancel()
+        self._leave()
 
     async def __aenter__(self) -> Self:
         return self
@@ -108,7 +161,7 @@ class Client:
     """
 
     def __init__(self, address: str = DEFAULT_ADDRESS) -> None:
-        self._address = _checked(address)
+        self._door = _Door(_checked(address))
         self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
         self._inference = inference_pb2_grpc.InferenceStub(self._channel)
         self._cluster = cluster_pb2_grpc.ClusterStub(self._channel)
@@ -140,7 +193,8 @@ class Client:
         request = generate_request(
             prompt, sampling_params, request_id=request_id, model=model, priority=priority, cache_salt=cache_salt
         )
-        return GenerateStream(self._inference.Generate(request, timeout=timeout), self._address)
+        self._door.check_open()
+        return GenerateStream(self._inference.Generate(request, timeout=timeout), self._door)
 
     def complete(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, **options: Any
@@ -180,6 +234,7 @@ class Client:
 
     def close(self) -> None:
         """Close the channel; streams still open are cancelled."""
+        self._door.is_closed = True
         self._channel.close()
 
     def __enter__(self) -> Self:
@@ -191,10 +246,11 @@ class Client:
         self.close()
 
     def _call(self, method: Any, request: Any, timeout: float | None) -> Any:
+        self._door.check_open()
         try:
             return method(request, timeout=timeout)
         except grpc.RpcError as error:
-            raise _typed(error, self._address) from None
+            raise _typed(error, self._door.address, is_cancelled=self._door.is_closed) from None
 
 
 class AsyncClient:
@@ -205,7 +261,7 @@ class AsyncClient:
     """
 
     def __init__(self, address: str = DEFAULT_ADDRESS) -> None:
-        self._address = _checked(address)
+        self._door = _Door(_checked(address))
         self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
         self._inference: Any = inference_pb2_grpc.InferenceStub(self._channel)
         self._cluster: Any = cluster_pb2_grpc.ClusterStub(self._channel)
@@ -225,7 +281,8 @@ class AsyncClient:
         request = generate_request(
             prompt, sampling_params, request_id=request_id, model=model, priority=priority, cache_salt=cache_salt
         )
-        return AsyncGenerateStream(self._inference.Generate(request, timeout=timeout), self._address)
+        self._door.check_open()
+        return AsyncGenerateStream(self._inference.Generate(request, timeout=timeout), self._door)
 
     async def complete(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, **options: Any
@@ -261,6 +318,7 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Close the channel; streams still open are cancelled."""
+        self._door.is_closed = True
         await self._channel.close(None)
 
     async def __aenter__(self) -> Self:
@@ -272,10 +330,12 @@ class AsyncClient:
         await self.close()
 
     async def _call(self, method: Any, request: Any, timeout: float | None) -> Any:
+        self._door.check_open()
         try:
-            return await method(request, timeout=timeout)
+            with _cancelled_here(CLOSED):
+                return await method(request, timeout=timeout)
         except grpc.RpcError as error:
-            raise _typed(error, self._address) from None
+            raise _typed(error, self._door.address, is_cancelled=self._door.is_closed) from None
 
 
 def _checked(address: str) -> str:
@@ -302,11 +362,40 @@ def _target(sizes: Mapping[str, int], wait: bool) -> cluster_pb2.SetTargetReques
     return request
 
 
-def _typed(error: grpc.RpcError, address: str) -> FuselineError:
+@contextmanager
+def _cancelled_here(reason: str) -> Iterator[None]:
+    """Around the wait for a call: gRPC tells that the call was cancelled as it would that the waiting task was.
+
+    Raises:
+        CancelledError: the call was, and not the task.
+    """
+    try:
+        yield
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        raise CancelledError(reason) from None
+
+
+def _typed(error: grpc.RpcError, address: str, num_tokens: int = 0, *, is_cancelled: bool = False) -> FuselineError:
+    """What a failed call means to who made it.
+
+    Args:
+        num_tokens: that the call has brought so far.
+        is_cancelled: this client has cancelled it, or would have.
+    """
     typed = error_from_rpc(error)
+    if isinstance(typed, CancelledError):
+        if is_cancelled:
+            return CancelledError(LEFT)
+        # A server cancels what reaches it while it stops, and its gateway what a worker cancelled.
+        typed = make_error(ErrorCode.UNAVAILABLE, typed.message, typed.details)
     if isinstance(typed, UnavailableError) and not typed.details:
         # Not the gateway's words but gRPC's: nobody answers there, or the connection broke.
-        return UnavailableError(f"no answer from {address}: {_reason(typed.message)}", address=address)
+        lost = f"the connection to {address} was lost after {num_tokens} tokens"
+        what = lost if num_tokens else f"no answer from {address}"
+        return UnavailableError(f"{what}: {_reason(typed.message)}", address=address)
     if isinstance(typed, DeadlineExceededError) and not typed.details:
         return DeadlineExceededError("the timeout passed")
     return typed

@@ -139,9 +139,7 @@ def unpack(data: bytes, kind: type[T]) -> T:
     """
     message = _CODEC.decode(data)
     if isinstance(message, Failure):
-        error = make_error(message.code, message.message)
-        error.details.update(message.details)
-        raise error
+        raise make_error(message.code, message.message, message.details)
     if not isinstance(message, kind):
         raise InvalidArgumentError(f"expected a {kind.__name__}, got a {type(message).__name__}")
     return message

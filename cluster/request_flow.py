@@ -30,6 +30,7 @@ import grpc.aio
 
 from ..proto.fuseline.v1 import common_pb2, worker_pb2
 from ..runtime.errors import (
+    CancelledError,
     DeadlineExceededError,
     ErrorCode,
     FuselineError,
@@ -39,7 +40,7 @@ from ..runtime.errors import (
 )
 from ..runtime.request import Request
 from ..workers import wire
-from ..workers.grpc_errors import error_from_rpc
+from ..workers.grpc_errors import error_from_rpc, make_error
 from .dispatcher import Dispatcher, WaitedTooLongError
 from .router import RoutingQuery
 from .worker_pool import Assignment
@@ -50,9 +51,7 @@ MAX_WAIT_S = 600.0
 # A worker may see the user's deadline pass this much before the gateway does.
 DEADLINE_SLACK_S = 0.1
 # Another attempt may succeed where these happened: the worker is gone, or the KV did not arrive as it was sent.
-_RETRYABLE = frozenset(
-    {ErrorCode.UNAVAILABLE, ErrorCode.DATA_LOSS, ErrorCode.CANCELLED, ErrorCode.RESOURCE_EXHAUSTED}
-)
+_RETRYABLE = frozenset({ErrorCode.UNAVAILABLE, ErrorCode.DATA_LOSS, ErrorCode.RESOURCE_EXHAUSTED})
 
 Clock = Callable[[], float]
 
@@ -109,16 +108,28 @@ class _Leg:
         try:
             event = await (self._reading or anext(self._events))
         except grpc.RpcError as error:
-            typed = error_from_rpc(error)
-            if isinstance(typed, UnavailableError) and not typed.details:  # gRPC's word, not the worker's
-                typed = UnavailableError(f"worker {self.worker_id} was lost: {typed.message}")
-            typed.details.setdefault("worker_id", self.worker_id)
-            raise _LegError(self.worker_id, typed) from None
+            raise _LegError(self.worker_id, self._typed(error)) from None
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            lost = UnavailableError(f"the connection to worker {self.worker_id} was closed", worker_id=self.worker_id)
+            raise _LegError(self.worker_id, lost) from None
         except StopAsyncIteration:
             early = UnavailableError(f"worker {self.worker_id} ended the stream early", worker_id=self.worker_id)
             raise _LegError(self.worker_id, early) from None
         self._reading = None
         return event
+
+    def _typed(self, error: grpc.RpcError) -> FuselineError:
+        """The error of a call that was not cancelled here: a worker that stops may answer that it is."""
+        typed = error_from_rpc(error)
+        if isinstance(typed, CancelledError):
+            typed = make_error(ErrorCode.UNAVAILABLE, typed.message, typed.details)
+        if isinstance(typed, UnavailableError) and not typed.details:  # gRPC's word, not the worker's
+            typed = UnavailableError(f"worker {self.worker_id} was lost: {typed.message}")
+        typed.details.setdefault("worker_id", self.worker_id)
+        return typed
 
     def cancel(self) -> None:
         """End the stream, and with it what the worker holds for it; nothing happens when it is over."""

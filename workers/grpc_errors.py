@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, NoReturn
 
@@ -25,6 +25,7 @@ from ..runtime.errors import (
     FuselineError,
     InternalError,
     InvalidArgumentError,
+    UnavailableError,
 )
 
 DOMAIN = "fuseline"
@@ -47,9 +48,11 @@ _FOREIGN_CODES = {
 }
 
 
-def make_error(code: ErrorCode, message: str) -> FuselineError:
-    """An error of the class that ``code`` belongs to."""
-    return ERROR_TYPES[code](message)
+def make_error(code: ErrorCode, message: str, details: Mapping[str, str] | None = None) -> FuselineError:
+    """An error of the class that ``code`` belongs to; ``details`` may come from a peer and have any names."""
+    error = ERROR_TYPES[code](message)
+    error.details.update(details or {})
+    return error
 
 
 def status_of(error: FuselineError) -> status_pb2.Status:
@@ -87,24 +90,28 @@ def error_from_rpc(error: grpc.RpcError) -> FuselineError:
         known = ErrorCode[code.name]
     else:
         known = ErrorCode.INTERNAL
-    typed = make_error(known, message or code.name)
-    typed.details.update(details)
-    return typed
+    return make_error(known, message or code.name, details)
 
 
 @asynccontextmanager
 async def answering(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[None]:
     """Around the body of an asyncio handler: a FuselineError ends the call with its status.
 
-    Anything else but a cancellation is a bug: it is logged with its traceback, and the caller learns no more than
-    INTERNAL.
+    So does a cancellation that is not this task's own, such as of something that it waits for: gRPC would leave the
+    caller without an answer. Anything else but a cancellation is a bug: it is logged with its traceback, and the
+    caller learns no more than INTERNAL.
     """
     try:
         yield
     except FuselineError as error:
         await _abort(context, error)
-    except (grpc.aio.AbortError, asyncio.CancelledError):
+    except grpc.aio.AbortError:
         raise
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        await _abort(context, UnavailableError("something that the request needs was cancelled"))
     except Exception:
         logger.exception("a handler failed")
         await _abort(context, InternalError("internal error; the server's log says more"))

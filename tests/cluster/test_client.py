@@ -8,12 +8,17 @@ import sys
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
+import grpc
+import grpc.aio
 import pytest
 
 from fuseline import AsyncClient, Client, SamplingParams
 from fuseline.cluster.cluster_service import ClusterService
+from fuseline.proto.fuseline.v1 import cluster_pb2, cluster_pb2_grpc, inference_pb2, inference_pb2_grpc
 from fuseline.runtime.errors import (
+    CancelledError,
     DeadlineExceededError,
     InvalidArgumentError,
     NotFoundError,
@@ -148,6 +153,109 @@ def test_nobody_there_is_said_in_few_words() -> None:
             client.complete(PROMPT)
         with pytest.raises(UnavailableError, match="no answer"):
             client.status()
+
+
+class Cancelling(inference_pb2_grpc.InferenceServicer, cluster_pb2_grpc.ClusterServicer):
+    """Answers as a server does that stops: cancelled, after ``num_tokens``. With ``waits``, it never answers."""
+
+    def __init__(self) -> None:
+        self.num_tokens = 0
+        self.waits = False
+
+    async def Generate(self, request: object, context: Any) -> AsyncIterator[inference_pb2.GenerateResponse]:
+        for token in range(self.num_tokens):
+            yield inference_pb2.GenerateResponse(token_ids=[token])
+        await self._end(context)
+
+    async def GetModelInfo(self, request: object, context: Any) -> inference_pb2.GetModelInfoResponse:
+        await self._end(context)
+        raise AssertionError
+
+    async def GetStatus(self, request: object, context: Any) -> cluster_pb2.ClusterStatus:
+        await self._end(context)
+        raise AssertionError
+
+    async def _end(self, context: Any) -> None:
+        if self.waits:
+            await asyncio.Event().wait()
+        await context.abort(grpc.StatusCode.CANCELLED, "CANCELLED")
+
+
+@pytest.fixture
+async def cancelling() -> AsyncIterator[tuple[Cancelling, str]]:
+    servicer, server = Cancelling(), grpc.aio.server()
+    inference_pb2_grpc.add_InferenceServicer_to_server(servicer, server)
+    cluster_pb2_grpc.add_ClusterServicer_to_server(servicer, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    yield servicer, f"127.0.0.1:{port}"
+    await server.stop(None)
+
+
+async def test_what_a_server_cancels_is_unavailable(cancelling: tuple[Cancelling, str]) -> None:
+    servicer, address = cancelling
+
+    def use() -> None:
+        with Client(address) as client:
+            for call in (client.model_info, client.status, lambda: client.complete(PROMPT)):
+                with pytest.raises(UnavailableError, match=f"no answer from {address}: CANCELLED"):
+                    call()
+            servicer.num_tokens = 3
+            with pytest.raises(UnavailableError, match=f"the connection to {address} was lost after 3 tokens"):
+                client.complete(PROMPT)
+
+    await asyncio.to_thread(use)
+    async with AsyncClient(address) as client:
+        with pytest.raises(UnavailableError, match=f"the connection to {address} was lost after 3 tokens"):
+            await client.complete(PROMPT)
+        servicer.num_tokens = 0
+        for call in (client.model_info, client.status, lambda: client.complete(PROMPT)):
+            with pytest.raises(UnavailableError, match="no answer"):
+                await call()
+
+
+async def test_what_the_client_cancels_is_cancelled(cancelling: tuple[Cancelling, str]) -> None:
+    servicer, address = cancelling
+    servicer.num_tokens, servicer.waits = 1, True
+
+    def use() -> None:
+        client = Client(address)
+        left, open_ = client.generate(PROMPT), client.generate(PROMPT)
+        next(left), next(open_)
+        left.close()
+        client.close()
+        for stream in (left, open_):
+            with pytest.raises(CancelledError):
+                next(stream)
+        for call in (client.status, lambda: client.complete(PROMPT)):
+            with pytest.raises(UnavailableError, match="the client is closed"):
+                call()
+
+    await asyncio.to_thread(use)
+    client = AsyncClient(address)
+    left, open_ = client.generate(PROMPT), client.generate(PROMPT)
+    await anext(left), await anext(open_)
+    told = asyncio.create_task(client.model_info())
+    waiting = [asyncio.create_task(anext(stream)) for stream in (left, open_)]
+    interrupted = asyncio.create_task(client.complete(PROMPT))
+    await asyncio.sleep(0)
+    interrupted.cancel()
+    await left.aclose()
+    with pytest.raises(CancelledError):
+        await waiting[0]
+    await client.close()
+    for job in (waiting[1], told):
+        with pytest.raises(CancelledError):
+            await job
+    with pytest.raises(asyncio.CancelledError):
+        await interrupted
+    for stream in (left, open_):
+        with pytest.raises(CancelledError):
+            await anext(stream)
+    with pytest.raises(UnavailableError, match="the client is closed"):
+        await client.status()
+    with pytest.raises(UnavailableError, match="the client is closed"):
+        client.generate(PROMPT)
 
 
 @pytest.mark.parametrize("address", ["", "host", "host:", "host:99999", "host:0", "a b:1", "host:port"])

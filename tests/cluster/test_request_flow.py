@@ -24,6 +24,7 @@ from fuseline.runtime.sampling_params import SamplingParams
 from fuseline.tests.cluster.scripted_worker import ScriptedWorker, first_token, output, reserved, until
 
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
+CANCELLED = grpc.StatusCode.CANCELLED
 NEVER = asyncio.Event
 
 
@@ -142,14 +143,26 @@ async def test_nothing_is_retried_once_decode_has_given_something() -> None:
         assert len(d.requests) == 1
 
 
-async def test_attempts_are_bounded_and_the_last_error_is_told() -> None:
+@pytest.mark.parametrize("status", [UNAVAILABLE, CANCELLED])
+async def test_attempts_are_bounded_and_the_last_error_is_told(status: grpc.StatusCode) -> None:
     p = prefill("p")
-    d = decode("d", *[[UNAVAILABLE]] * MAX_ATTEMPTS)
+    d = decode("d", *[[status]] * MAX_ATTEMPTS)
     async with cluster(p, d) as c:
         with pytest.raises(UnavailableError, match="as the test says"):
             await c.run()
         assert len(d.requests) == MAX_ATTEMPTS
         assert load(c) == {"p": (0, 0, 100), "d": (0, 0, 100)}
+
+
+async def test_a_connection_that_is_closed_under_a_sequence_is_an_error_and_no_silent_end() -> None:
+    p, d = prefill("p", [first_token(7)]), decode("d", [reserved(), output(8), NEVER()])
+    async with cluster(p, d) as c, aclosing(c.flow().outputs()) as outputs:
+        assert [list((await anext(outputs)).token_ids) for _ in range(2)] == [[7], [8]]
+        waiting = asyncio.ensure_future(anext(outputs))
+        await asyncio.sleep(0)
+        await c.pool.close()
+        with pytest.raises(UnavailableError, match="the connection to worker d was closed"):
+            await waiting
 
 
 async def test_an_error_that_another_worker_would_repeat_is_not_retried() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
@@ -116,6 +117,12 @@ async def test_a_bug_is_internal_and_tells_nothing(caplog: pytest.LogCaptureFixt
     assert type(received) is errors.InternalError
     assert "secret" not in received.message
     assert "/secret/path" in caplog.text  # the log has it, with its traceback
+
+
+async def test_a_cancellation_that_is_not_the_handlers_own_is_answered() -> None:
+    async with asyncio.timeout(10):  # gRPC itself would never end the call
+        received = error_from_rpc(await over_asyncio(asyncio.CancelledError()))
+    assert type(received) is errors.UnavailableError
 
 
 async def test_a_peer_that_is_gone_is_unavailable() -> None:
