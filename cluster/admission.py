@@ -9,7 +9,7 @@ import asyncio
 import secrets
 import uuid
 from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 
 from ..proto.fuseline.v1 import inference_pb2
@@ -73,6 +73,8 @@ class Admission:
         self._max_num_sequences = max_num_sequences
         self._live: dict[str, int] = {}
         self._closed = False
+        self._none_left = asyncio.Event()
+        self._none_left.set()
 
     @property
     def num_sequences(self) -> int:
@@ -82,6 +84,11 @@ class Admission:
     def close(self) -> None:
         """Refuse everything from now on; what is under way goes on."""
         self._closed = True
+
+    async def drained(self, timeout_s: float) -> None:
+        """Wait until nothing is under way, at most so long."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._none_left.wait(), timeout_s)
 
     @asynccontextmanager
     async def admit(
@@ -115,6 +122,8 @@ class Admission:
             yield self._admitted(request_id, token_ids, params, message, arrived_at, deadline)
         finally:
             del self._live[request_id]
+            if not self._live:
+                self._none_left.set()
 
     def _enter(self, request_id: str, num_sequences: int) -> None:
         if request_id in self._live:
@@ -127,6 +136,7 @@ class Admission:
                 retry_after_s=1,
             )
         self._live[request_id] = num_sequences
+        self._none_left.clear()
 
     async def _token_ids(self, message: inference_pb2.GenerateRequest) -> tuple[int, ...]:
         """The prompt's tokens, of which there are enough and not too many, all in the vocabulary."""

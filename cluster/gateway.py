@@ -33,6 +33,7 @@ from .worker_pool import WorkerPool
 
 INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 CLUSTER = cluster_pb2.DESCRIPTOR.services_by_name["Cluster"].full_name
+LAST_WORDS_S = 0.5  # for answers on their way; streams such as those of health watchers would not end by themselves
 SPARE_RPCS = 256  # beside those of admitted requests: ones about to be refused, health watchers, operators
 
 
@@ -134,11 +135,16 @@ class Gateway:
             await ready.wait()
 
     async def stop(self, grace_s: float) -> None:
-        """Refuse new requests, let those under way finish for at most ``grace_s``, cancel the rest."""
+        """Refuse new requests, let those under way finish for at most ``grace_s``, cancel the rest.
+
+        The server listens until then, so that a request that comes now is told why it is refused, and operators see
+        how it goes. A server that stops cancels what reaches it without a word.
+        """
         self._admission.close()
         await self._health.enter_graceful_shutdown()
         if self._server is not None:
-            await self._server.stop(grace_s)
+            await self._admission.drained(grace_s)
+            await self._server.stop(min(grace_s, LAST_WORDS_S))
         if self._health_task is not None:
             self._health_task.cancel()
             await asyncio.gather(self._health_task, return_exceptions=True)

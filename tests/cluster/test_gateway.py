@@ -28,7 +28,7 @@ from fuseline.runtime.request import FinishReason
 from fuseline.runtime.role import WorkerRole
 from fuseline.runtime.sampling_params import SamplingParams, child_seed
 from fuseline.tests.cluster.live_cluster import MODEL, TOKENIZER, LiveCluster, gateway_over, live_cluster
-from fuseline.tests.cluster.scripted_worker import until
+from fuseline.tests.cluster.scripted_worker import ScriptedWorker, output, until
 from fuseline.workers.llm import LLM
 
 PROMPT = "def fibonacci(n):\n    a, b = 0, 1\n"
@@ -314,12 +314,42 @@ async def test_model_info(cluster: LiveCluster) -> None:
     assert (told.name, told.fingerprint, told.vocab_size) == ("demo", MODEL.fingerprint, MODEL.shape.vocab_size)
 
 
-async def test_stopping_lets_running_requests_finish_and_takes_no_new_ones(cluster: LiveCluster) -> None:
-    running = asyncio.create_task(cluster.client.complete(PROMPT, GREEDY))
-    await until(lambda: cluster.gateway.num_sequences == 1)
-    stopping = asyncio.create_task(cluster.gateway.stop(10))
-    await asyncio.sleep(0)
-    with pytest.raises(UnavailableError):
-        await cluster.client.complete(PROMPT, GREEDY)
-    assert (await running).completions[0].finish_reason is FinishReason.LENGTH
-    await stopping
+async def test_stopping_lets_running_requests_finish_and_refuses_new_ones_by_name() -> None:
+    finish = asyncio.Event()
+    script = [output(8), finish, output(9, last=True)]
+    async with (
+        ScriptedWorker("decode-0", WorkerRole.MIXED, script) as worker,
+        gateway_over([worker.info]) as cluster,
+        grpc.aio.insecure_channel(cluster.address) as channel,
+    ):
+        watching = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        watched = aiter(watching)
+        assert (await anext(watched)).status == health_pb2.HealthCheckResponse.SERVING
+        running = cluster.client.generate(PROMPT, GREEDY)
+        await anext(running)
+        stopping = asyncio.create_task(cluster.gateway.stop(60))
+        assert (await anext(watched)).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        for _ in range(3):
+            with pytest.raises(UnavailableError, match="the gateway is shutting down") as info:
+                await cluster.client.complete(PROMPT, GREEDY)
+            assert info.value.details["retry_after_s"] == "1"
+        assert (await cluster.client.model_info()).name == "demo"
+        finish.set()
+        assert [chunk.finish_reason async for chunk in running] == [FinishReason.LENGTH]
+        async with asyncio.timeout(30):  # whoever watches does not hold it up for as long as requests may take
+            await stopping
+        assert cluster.gateway.inference.finished == Counter({FinishReason.LENGTH: 1})
+
+
+async def test_what_does_not_finish_in_time_is_cut_off_as_unavailable() -> None:
+    async with (
+        ScriptedWorker("decode-0", WorkerRole.MIXED, [output(8), asyncio.Event()]) as worker,
+        gateway_over([worker.info]) as cluster,
+    ):
+        running = cluster.client.generate(PROMPT, GREEDY)
+        assert (await anext(running)).token_ids == (8,)
+        stopping = asyncio.create_task(cluster.gateway.stop(0.05))
+        with pytest.raises(UnavailableError, match="lost after 1 tokens"):
+            await anext(running)
+        await stopping
+        await until(lambda: worker.ended == ["cancelled"])
