@@ -13,3 +13,7 @@ class BuildError(RuntimeError):
 
 class CompilerNotFoundError(BuildError):
     """There is no compiler to build native kernels with."""
+
+
+class LaunchError(RuntimeError):
+    """A kernel could not be launched: no driver, no such device, or a fault before it."""
