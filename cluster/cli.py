@@ -8,8 +8,10 @@ import sys
 
 def main() -> None:
     """Entry point of the console script."""
-    # Read when gRPC is imported; without it gRPC's core tells of every connection that a peer closes.
+    # Read when gRPC is imported. Without the first its core tells of every connection that a peer closes; with what
+    # the second turns off, which nothing here needs, it may crash processes that are forked beside it.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     from .commands.app import run
 
     sys.exit(run(sys.argv[1:]))
