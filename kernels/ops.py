@@ -18,10 +18,22 @@ from collections.abc import Iterable
 
 import torch
 
+from .checks import (
+    check_dims,
+    check_index,
+    check_last,
+    check_layer,
+    check_rows,
+    check_step,
+    check_stream,
+    check_width,
+    check_window,
+    describe,
+)
 from .errors import KernelArgumentError
 from .reference import attention, attention_plan, blocks, dense
 from .reference.attention_plan import AttentionPlan, KvGeometry
-from .types import FLOAT_DTYPES, AttentionSpec, AttentionWeights, MlpWeights, StepMetadata
+from .types import AttentionSpec, AttentionWeights, MlpWeights, StepMetadata
 
 Tensor = torch.Tensor
 
@@ -59,8 +71,8 @@ def embedding(token_ids: Tensor, weight: Tensor, vocab_start: int, vocab_size: i
     Returns:
         float32[T, H].
     """
-    _check_index("token_ids", token_ids, weight)
-    _check_dims("weight", weight, 2)
+    check_index("token_ids", token_ids, weight)
+    check_dims("weight", weight, 2)
     if not 0 <= vocab_start <= vocab_start + weight.shape[0] <= vocab_size:
         raise KernelArgumentError(f"rows {vocab_start}+{weight.shape[0]} are outside a vocabulary of {vocab_size}")
     return dense.embedding(token_ids, weight, vocab_start, vocab_size)
@@ -76,7 +88,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Returns:
         [..., n], of the dtype of ``weight``.
     """
-    _check_width("x", x, weight)
+    check_width("x", x, weight)
     return dense.rms_norm(x, weight, eps)
 
 
@@ -91,7 +103,7 @@ def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) ->
     Returns:
         float32[..., n], and [..., n] of the dtype of ``weight``.
     """
-    _check_stream(x, delta, weight)
+    check_stream(x, delta, weight)
     return dense.add_rms_norm(x, delta, weight, eps)
 
 
@@ -103,8 +115,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         weight: [out, in].
         bias: [out].
     """
-    _check_dims("weight", weight, 2)
-    _check_last("x", x, weight)
+    check_dims("weight", weight, 2)
+    check_last("x", x, weight)
     if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
         raise KernelArgumentError(f"bias {tuple(bias.shape)} {bias.dtype} does not fit weight {tuple(weight.shape)}")
     return dense.linear(x, weight, bias)
@@ -120,9 +132,9 @@ def rotary_cos_sin(positions: Tensor, inv_freq: Tensor, scaling: float = 1.0) ->
     Returns:
         Two of float32[T, D / 2].
     """
-    _check_index("positions", positions, inv_freq)
+    check_index("positions", positions, inv_freq)
     if inv_freq.dtype != torch.float32 or inv_freq.dim() not in (1, 2):
-        raise KernelArgumentError(f"inv_freq must be float32 [D/2] or [T, D/2], got {_describe(inv_freq)}")
+        raise KernelArgumentError(f"inv_freq must be float32 [D/2] or [T, D/2], got {describe(inv_freq)}")
     if inv_freq.dim() == 2 and inv_freq.shape[0] != positions.shape[0]:
         raise KernelArgumentError(f"inv_freq has {inv_freq.shape[0]} rows for {positions.shape[0]} positions")
     return dense.rotary_cos_sin(positions, inv_freq, scaling)
@@ -135,7 +147,7 @@ def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x: [T, heads, D].
         cos, sin: float32[T, D / 2].
     """
-    _check_dims("x", x, 3)
+    check_dims("x", x, 3)
     expected = (x.shape[0], x.shape[2] // 2)
     if x.shape[2] % 2 or tuple(cos.shape) != expected or tuple(sin.shape) != expected:
         raise KernelArgumentError(f"x {tuple(x.shape)} needs cos and sin {expected}, got {tuple(cos.shape)}")
@@ -151,7 +163,7 @@ def silu_and_mul(x: Tensor) -> Tensor:
 
 def gather_rows(x: Tensor, indices: Tensor) -> Tensor:
     """Rows ``indices`` int64[S] of ``x`` [T, ...]: the positions whose logits are wanted."""
-    _check_index("indices", indices, x)
+    check_index("indices", indices, x)
     return x.index_select(0, indices)
 
 
@@ -168,7 +180,7 @@ def plan_attention(
     Returns:
         Valid for this step and caches of this shape only; holds on to the step's tensors.
     """
-    _check_step(step, kv_cache)
+    check_step(step, kv_cache)
     return attention_plan.plan_attention(step, KvGeometry.of(kv_cache[0]), windows, dtype)
 
 
@@ -179,11 +191,11 @@ def kv_store(key: Tensor, value: Tensor, kv_layer: Tensor, plan: AttentionPlan) 
         key, value: [T, K, D].
         kv_layer: [2, num_blocks, K, block_size, D], contiguous; keys, then values.
     """
-    _check_layer(kv_layer, plan)
+    check_layer(kv_layer, plan)
     expected = (plan.step.num_tokens, plan.geometry.num_kv_heads, plan.geometry.head_dim)
     for name, tensor in (("key", key), ("value", value)):
         if tuple(tensor.shape) != expected or tensor.dtype != kv_layer.dtype or tensor.device != kv_layer.device:
-            raise KernelArgumentError(f"{name} must be {expected} {kv_layer.dtype}, got {_describe(tensor)}")
+            raise KernelArgumentError(f"{name} must be {expected} {kv_layer.dtype}, got {describe(tensor)}")
     attention.kv_store(key, value, kv_layer, plan)
 
 
@@ -202,13 +214,13 @@ def paged_attention(
     Returns:
         [T, N, D].
     """
-    _check_layer(kv_layer, plan)
+    check_layer(kv_layer, plan)
     heads, head_dim = plan.geometry.num_kv_heads, plan.geometry.head_dim
     if query.dim() != 3 or query.shape[0] != plan.step.num_tokens or query.shape[1] % heads:
-        raise KernelArgumentError(f"query must be [{plan.step.num_tokens}, n * {heads}, D], got {_describe(query)}")
+        raise KernelArgumentError(f"query must be [{plan.step.num_tokens}, n * {heads}, D], got {describe(query)}")
     if query.shape[2] != head_dim or query.dtype != kv_layer.dtype or query.device != kv_layer.device:
-        raise KernelArgumentError(f"query {_describe(query)} does not fit the cache {_describe(kv_layer)}")
-    _check_window(sliding_window, plan)
+        raise KernelArgumentError(f"query {describe(query)} does not fit the cache {describe(kv_layer)}")
+    check_window(sliding_window, plan)
     return attention.paged_attention(query, kv_layer, plan, scale, sliding_window)
 
 
@@ -233,12 +245,12 @@ def attention_block(
     Returns:
         ``residual + delta``, and this block's output (a partial sum under tensor parallelism), as the arguments are.
     """
-    _check_rows(residual, plan.step.num_tokens)
-    _check_stream(residual, delta, weights.norm)
-    _check_layer(kv_layer, plan)
-    _check_window(spec.sliding_window, plan)
+    check_rows(residual, plan.step.num_tokens)
+    check_stream(residual, delta, weights.norm)
+    check_layer(kv_layer, plan)
+    check_window(spec.sliding_window, plan)
     if (spec.num_kv_heads, spec.head_dim) != (plan.geometry.num_kv_heads, plan.geometry.head_dim):
-        raise KernelArgumentError(f"{spec} does not fit the cache {_describe(kv_layer)}")
+        raise KernelArgumentError(f"{spec} does not fit the cache {describe(kv_layer)}")
     return blocks.attention_block(residual, delta, weights, spec, rotary, kv_layer, plan)
 
 
@@ -248,8 +260,8 @@ def mlp_block(residual: Tensor, delta: Tensor | None, weights: MlpWeights, eps: 
     Returns:
         As ``attention_block`` does.
     """
-    _check_rows(residual, residual.shape[0])
-    _check_stream(residual, delta, weights.norm)
+    check_rows(residual, residual.shape[0])
+    check_stream(residual, delta, weights.norm)
     return blocks.mlp_block(residual, delta, weights, eps)
 
 
@@ -266,92 +278,8 @@ def head(
     Returns:
         float32[S, V].
     """
-    _check_rows(residual, residual.shape[0])
-    _check_stream(residual, delta, norm)
-    _check_last("norm", norm, weight)
-    _check_index("logits_indices", logits_indices, residual)
+    check_rows(residual, residual.shape[0])
+    check_stream(residual, delta, norm)
+    check_last("norm", norm, weight)
+    check_index("logits_indices", logits_indices, residual)
     return blocks.head(residual, delta, norm, weight, logits_indices, eps)
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
-
-
-def _check_dims(name: str, tensor: Tensor, dims: int) -> None:
-    if tensor.dim() != dims or tensor.dtype not in FLOAT_DTYPES:
-        raise KernelArgumentError(f"{name} must be a float tensor of {dims} dimensions, got {_describe(tensor)}")
-
-
-def _check_index(name: str, index: Tensor, beside: Tensor) -> None:
-    if index.dim() != 1 or index.dtype != torch.int64 or index.device != beside.device:
-        raise KernelArgumentError(f"{name} must be int64[n] on {beside.device}, got {_describe(index)}")
-
-
-def _check_last(name: str, x: Tensor, weight: Tensor) -> None:
-    _check_width(name, x, weight)
-    if x.dtype != weight.dtype:
-        raise KernelArgumentError(f"{name} {_describe(x)} does not fit the weight {_describe(weight)}")
-
-
-def _check_width(name: str, x: Tensor, weight: Tensor) -> None:
-    if x.shape[-1] != weight.shape[-1] or x.device != weight.device or weight.dtype not in FLOAT_DTYPES:
-        raise KernelArgumentError(f"{name} {_describe(x)} does not fit the weight {_describe(weight)}")
-    if x.dtype not in (torch.float32, weight.dtype):
-        raise KernelArgumentError(f"{name} must be float32 or {weight.dtype}, got {_describe(x)}")
-
-
-def _check_rows(residual: Tensor, num_tokens: int) -> None:
-    if residual.dim() != 2 or residual.shape[0] != num_tokens:
-        raise KernelArgumentError(f"residual must be [{num_tokens}, H], got {_describe(residual)}")
-
-
-def _check_stream(residual: Tensor, delta: Tensor | None, norm: Tensor) -> None:
-    if residual.dtype != torch.float32:
-        raise KernelArgumentError(f"the residual stream is float32, got {_describe(residual)}")
-    _check_width("residual", residual, norm)
-    if delta is None:
-        return
-    if delta.shape != residual.shape:
-        raise KernelArgumentError(f"delta {_describe(delta)} does not fit {_describe(residual)}")
-    _check_width("delta", delta, norm)
-
-
-def _check_window(window: int | None, plan: AttentionPlan) -> None:
-    if window not in plan.work:
-        raise KernelArgumentError(f"the plan was made for windows {list(plan.work)}, not {window}")
-
-
-def _check_layer(kv_layer: Tensor, plan: AttentionPlan) -> None:
-    if kv_layer.dim() != 5 or kv_layer.shape[0] != 2 or not kv_layer.is_contiguous():
-        raise KernelArgumentError(f"a layer's cache is contiguous [2, blocks, K, size, D], got {_describe(kv_layer)}")
-    if KvGeometry.of(kv_layer) != plan.geometry:
-        raise KernelArgumentError(f"the plan was made for {plan.geometry}, the cache is {_describe(kv_layer)}")
-
-
-def _check_step(step: StepMetadata, kv_cache: Tensor) -> None:
-    num_tokens, num_seqs, device = step.num_tokens, step.num_seqs, kv_cache.device
-    if kv_cache.dim() != 6 or kv_cache.shape[1] != 2:
-        raise KernelArgumentError(f"the cache must be [layers, 2, blocks, K, size, D], got {_describe(kv_cache)}")
-    expected = (
-        ("positions", step.positions, (num_tokens,), torch.int64),
-        ("slot_mapping", step.slot_mapping, (num_tokens,), torch.int64),
-        ("query_start", step.query_start, (num_seqs + 1,), torch.int32),
-        ("context_lens", step.context_lens, (num_seqs,), torch.int32),
-        ("block_tables", step.block_tables, (num_seqs, step.block_tables.shape[-1]), torch.int32),
-    )
-    for name, tensor, shape, dtype in expected:
-        if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != device:
-            raise KernelArgumentError(f"{name} must be {shape} {dtype} on {device}, got {_describe(tensor)}")
-    starts, context_lens = step.query_start_host, step.context_lens_host
-    if starts.shape != (num_seqs + 1,) or context_lens.shape != (num_seqs,) or num_seqs == 0:
-        raise KernelArgumentError(f"host metadata has {context_lens.shape[0]} sequences, the device's {num_seqs}")
-    query_lens = starts[1:] - starts[:-1]
-    if starts[0] != 0 or starts[-1] != num_tokens or query_lens.min() < 1 or (context_lens < query_lens).any():
-        raise KernelArgumentError(
-            f"query_start {starts} and context_lens {context_lens} do not fit {num_tokens} tokens"
-        )
-    room = step.block_tables.shape[-1] * kv_cache.shape[4]
-    if context_lens.max() != step.max_context_len or query_lens.max() != step.max_query_len:
-        raise KernelArgumentError("max_query_len or max_context_len is not the maximum of the host metadata")
-    if step.max_context_len > room:
-        raise KernelArgumentError(f"max_context_len={step.max_context_len} is more than block tables hold: {room}")

@@ -34,8 +34,11 @@ class RotaryEmbedding:
 
     def cos_sin(self, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
         """Two of float32[T, head_dim / 2], for ``ops.attention_block``."""
-        inv_freq = self._inv_freq if self._config.kind != "dynamic" else self._dynamic(batch)
-        return ops.rotary_cos_sin(batch.positions, inv_freq, self._config.attention_scaling)
+        return ops.rotary_cos_sin(batch.positions, self.inv_freq(batch), self._config.attention_scaling)
+
+    def inv_freq(self, batch: ForwardBatch) -> Tensor:
+        """float32[head_dim / 2], or [T, head_dim / 2] where frequencies differ by token."""
+        return self._inv_freq if self._config.kind != "dynamic" else self._dynamic(batch)
 
     def _dynamic(self, batch: ForwardBatch) -> Tensor:
         """float32[T, head_dim / 2]."""

@@ -1,26 +1,26 @@
 """The decoder that all families share: executes a plan of blocks over the ops, on one rank of a group.
 
-The plan is ``DecoderWeights.layers``, data that is fixed when the model is loaded. A step walks it once; nothing in
-the walk depends on values on the device, so the same walk can be captured in a CUDA graph or handed over to one
-native call.
+The plan is ``DecoderWeights.layers``, data that is fixed when the model is loaded; a ``StepProgram`` made from it
+runs any range of its ops. A step walks the program once, in one call where nothing is to be done in between; nothing
+in the walk depends on values on the device, so the same walk can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 
 from ...collectives.communicator import Communicator
-from ...kernels import ops
 from ...runtime.errors import InvalidArgumentError
 from ...runtime.sharding import ParallelConfig, kv_range, vocab_range
 from ..forward_batch import ForwardBatch
-from ..layers.rotary import RotaryEmbedding
 from ..memory import lazy_zeros
 from ..weights import DecoderWeights
 from .config import DecoderConfig
+from .program import make_program
 
 Tensor = torch.Tensor
 
@@ -46,11 +46,15 @@ class DecoderModel:
         self._parallel = parallel
         self._rank = rank
         self._tp = tp
-        first = weights.layers[0]
-        self._dtype = first.attention.qkv.dtype
-        self._device = first.attention.qkv.device
-        self._windows = frozenset(layer.spec.sliding_window for layer in weights.layers)
-        self._rotary = RotaryEmbedding(config.rope, config.head_dim, self._device)
+        norm = weights.layers[0].attention.norm
+        self._dtype, self._device = norm.dtype, norm.device
+        self._program = make_program(config, weights)
+        # The ranges in which a step runs: op by op when sums are to be made between them, up to every attention block
+        # when someone waits for the KV of its layer, or all at once.
+        end = self._num_ops = 2 * len(weights.layers) + 2
+        every = tuple(pairwise(range(end + 1)))
+        self._ranges = every if tp.world_size > 1 else ((0, end),)
+        self._layer_ranges = every if tp.world_size > 1 else tuple(pairwise((0, *range(2, end + 1, 2))))
 
     def new_kv_cache(self, num_blocks: int, block_size: int) -> Tensor:
         """Zeros for this rank's layers and KV heads: [layers, 2, num_blocks, kv_heads, block_size, head_dim]."""
@@ -83,33 +87,16 @@ class DecoderModel:
             KernelArgumentError: batch, cache and model do not fit one another.
             UnavailableError: a peer is gone.
         """
-        residual = self._embed(batch) if hidden is None else hidden
-        delta: Tensor | None = None
-        plan = ops.plan_attention(batch, kv_cache, self._windows, self._dtype)
-        rotary = self._rotary.cos_sin(batch)
-        for local, layer in enumerate(self.weights.layers):
-            residual, delta = ops.attention_block(
-                residual, delta, layer.attention, layer.spec, rotary, kv_cache[local], plan
-            )
-            if on_layer is not None:
-                on_layer(layer.index)
-            delta = self._tp.all_reduce(delta)
-            residual, delta = ops.mlp_block(residual, delta, layer.mlp, layer.spec.eps)
-            delta = self._tp.all_reduce(delta)
-        if self.weights.norm is None or self.weights.head is None:
-            return residual if delta is None else residual + delta
-        logits = ops.head(
-            residual, delta, self.weights.norm, self.weights.head, batch.logits_indices, self.config.rms_norm_eps
-        )
-        return self._gather_logits(logits)
-
-    def _embed(self, batch: ForwardBatch) -> Tensor:
-        if self.weights.embedding is None:
+        if hidden is None and self.weights.embedding is None:
             raise InvalidArgumentError("a later pipeline stage needs the hidden states of the one before it")
-        rows = ops.embedding(
-            batch.token_ids, self.weights.embedding, self.weights.vocab_start, self.config.vocab_size
-        )
-        return self._tp.all_reduce(rows)
+        self._program.begin(batch, kv_cache, hidden)
+        for begin, end in self._ranges if on_layer is None else self._layer_ranges:
+            result = self._program.run(begin, end)
+            if on_layer is not None and end % 2 == 0 and end < self._num_ops:
+                on_layer(self.weights.layers[end // 2 - 1].index)
+            if self._tp.world_size > 1 and end < self._num_ops and (begin > 0 or hidden is None):
+                self._tp.all_reduce(result)
+        return result if self.weights.head is None else self._gather_logits(result)
 
     def _gather_logits(self, logits: Tensor) -> Tensor:
         """float32[S, vocab_size] on the first rank, of the ranks' shards, which may differ by a row."""
