@@ -1,10 +1,11 @@
 """Communicators: how the ranks of one group exchange tensors while they compute.
 
-Every communicator is built on its own process group object, never on torch's default group, so that several models
-(and several ranks, as threads) may live in one process. Reductions add in rank order whatever the size of the tensor
-or the place of an element in it: a row's result then depends neither on the batch around it nor on the schedule,
-which exact continuation rests on, and all ranks hold the same bits. (Gloo's and NCCL's own all-reduce give that for
-two ranks, where a + b = b + a, but not for more: a ring adds each chunk in another order.)
+Ranks on the CPUs of one machine exchange through shared memory, others over gloo or NCCL. Every communicator stands
+for itself, nothing is built on torch's default group, so that several models (and several ranks, as threads) may live
+in one process. Reductions add in rank order on every transport, whatever the size of the tensor or the place of an
+element in it: a row's result then depends neither on the batch around it nor on the schedule, which exact
+continuation rests on, and all ranks hold the same bits. (Gloo's and NCCL's own all-reduce give that for two ranks,
+where a + b = b + a, but not for more: a ring adds each chunk in another order.)
 """
 
 from __future__ import annotations
@@ -15,16 +16,14 @@ from datetime import timedelta
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import Backend, PrefixStore, Store, TCPStore
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from ..runtime.errors import InvalidArgumentError, UnavailableError
 from ..runtime.sharding import ParallelConfig
-
-# Up to this size a reduction gathers everything and adds locally: one exchange instead of two. Beyond it the bytes
-# dominate, so every rank first reduces its share, then the shares are gathered; the result is the same, bit for bit.
-GATHER_LIMIT_BYTES = 256 * 1024
+from .process_group import join_process_group
+from .shared_memory import join_shared_memory
+from .tensors import check_dim, check_source, checked
 
 
 class Communicator(Protocol):
@@ -78,19 +77,17 @@ class SoloCommunicator:
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """See ``Communicator``."""
-        return _checked(tensor)
+        return checked(tensor)
 
     def all_gather(self, tensor: Tensor, dim: int) -> Tensor:
         """See ``Communicator``."""
-        if not -tensor.dim() <= dim < tensor.dim():
-            raise InvalidArgumentError(f"dim {dim} is not a dimension of a {tensor.dim()}-d tensor", dim=dim)
-        return _checked(tensor).clone()
+        check_dim(tensor, dim)
+        return checked(tensor).clone()
 
     def broadcast(self, tensor: Tensor, src: int) -> Tensor:
         """See ``Communicator``."""
-        if src != 0:
-            raise InvalidArgumentError(f"rank {src} is not in a group of 1", rank=src)
-        return _checked(tensor)
+        check_source(src, 1)
+        return checked(tensor)
 
     def send(self, tensor: Tensor, dst: int) -> None:
         """Always refused: there is no peer."""
@@ -105,115 +102,6 @@ class SoloCommunicator:
 
     def close(self) -> None:
         """See ``Communicator``."""
-
-
-class ProcessGroupCommunicator:
-    """A communicator over one of torch's process groups: gloo on a CPU, NCCL on CUDA.
-
-    A dead gloo peer is noticed at once (its sockets close), a hung one after the timeout. NCCL notices both by its
-    own watchdog after the timeout; whoever runs the group learns of a dead rank sooner, by the step channel.
-    """
-
-    def __init__(self, group: Backend, name: str, rank: int, world_size: int) -> None:
-        self._group: Backend | None = group
-        self._name = name
-        self._rank = rank
-        self._world_size = world_size
-
-    @property
-    def rank(self) -> int:
-        """See ``Communicator``."""
-        return self._rank
-
-    @property
-    def world_size(self) -> int:
-        """See ``Communicator``."""
-        return self._world_size
-
-    def all_reduce(self, tensor: Tensor) -> Tensor:
-        """See ``Communicator``."""
-        flat = _checked(tensor).view(-1)
-        if self._world_size == 2:
-            self._run("all_reduce", lambda group: group.allreduce([flat]))
-        elif flat.nbytes <= GATHER_LIMIT_BYTES:
-            parts = flat.new_empty(self._world_size, flat.numel())
-            self._run("all_reduce", lambda group: group._allgather_base(parts.view(-1), flat))
-            flat.copy_(_sum_in_order(parts))
-        else:
-            self._reduce_by_shares(flat)
-        return tensor
-
-    def all_gather(self, tensor: Tensor, dim: int) -> Tensor:
-        """See ``Communicator``."""
-        if not -tensor.dim() <= dim < tensor.dim():
-            raise InvalidArgumentError(f"dim {dim} is not a dimension of a {tensor.dim()}-d tensor", dim=dim)
-        parts = _checked(tensor).new_empty(self._world_size, *tensor.shape)
-        self._run("all_gather", lambda group: group._allgather_base(parts.view(-1), tensor.view(-1)))
-        if dim % tensor.dim() == 0:
-            return parts.flatten(0, 1)
-        return torch.cat(parts.unbind(), dim)
-
-    def broadcast(self, tensor: Tensor, src: int) -> Tensor:
-        """See ``Communicator``."""
-        if not 0 <= src < self._world_size:
-            raise InvalidArgumentError(f"rank {src} is not in a group of {self._world_size}", rank=src)
-        self._run("broadcast", lambda group: group.broadcast(_checked(tensor), src))
-        return tensor
-
-    def send(self, tensor: Tensor, dst: int) -> None:
-        """See ``Communicator``."""
-        self._check_peer(dst)
-        self._run("send", lambda group: group.send([_checked(tensor)], dst, 0))
-
-    def recv(self, tensor: Tensor, src: int) -> Tensor:
-        """See ``Communicator``."""
-        self._check_peer(src)
-        self._run("recv", lambda group: group.recv([_checked(tensor)], src, 0))
-        return tensor
-
-    def barrier(self) -> None:
-        """See ``Communicator``."""
-        self._run("barrier", lambda group: group.barrier())
-
-    def close(self) -> None:
-        """See ``Communicator``. A call under way in another thread keeps the connections until it ends."""
-        self._group = None
-
-    def _reduce_by_shares(self, flat: Tensor) -> None:
-        share = -(-flat.numel() // self._world_size)
-        padded = flat if share * self._world_size == flat.numel() else flat.new_zeros(share * self._world_size)
-        if padded is not flat:
-            padded[: flat.numel()] = flat
-        parts = flat.new_empty(self._world_size, share)
-        self._run("all_reduce", lambda group: group.alltoall_base(parts.view(-1), padded, [], []))
-        mine = _sum_in_order(parts).to(flat.dtype)
-        self._run("all_reduce", lambda group: group._allgather_base(padded, mine))
-        if padded is not flat:
-            flat.copy_(padded[: flat.numel()])
-
-    def _check_peer(self, peer: int) -> None:
-        if peer == self._rank or not 0 <= peer < self._world_size:
-            raise InvalidArgumentError(
-                f"rank {peer} is not a peer of rank {self._rank} in a group of {self._world_size}", rank=peer
-            )
-
-    def _run(self, operation: str, start: _Operation) -> None:
-        group = self._group
-        if group is None:
-            raise UnavailableError(f"{self._name}: {operation} on a closed communicator", operation=operation)
-        try:
-            start(group).wait()
-        except RuntimeError as error:  # torch names neither a lost peer nor a timeout by a type of its own
-            self._group = None
-            raise UnavailableError(
-                f"{self._name}: rank {self._rank} of {self._world_size} lost a peer during {operation}: {error}",
-                operation=operation,
-                rank=self._rank,
-            ) from error
-
-
-class _Operation(Protocol):
-    def __call__(self, group: Backend, /) -> dist.Work: ...
 
 
 class CommunicatorStore:
@@ -271,14 +159,16 @@ def make_communicators(
     device: torch.device,
     timeout_s: float,
     host: str = "127.0.0.1",
+    shared_memory: bool = True,
 ) -> GroupCommunicators:
     """Join the group as ``rank``; returns when all peers have.
 
     Args:
         store_address: of the group's ``CommunicatorStore``; not looked at when the group has one rank.
-        device: "cpu" for gloo, "cuda:n" for NCCL.
+        device: "cpu" for shared memory or gloo, "cuda:n" for NCCL.
         timeout_s: for joining, and later for every call.
         host: the address of this machine that gloo binds to and peers reach. NCCL chooses by NCCL_SOCKET_IFNAME.
+        shared_memory: between CPUs, where all ranks of an axis are on one machine and can; the same for every rank.
 
     Raises:
         UnavailableError: the store or a peer cannot be reached in time.
@@ -291,7 +181,12 @@ def make_communicators(
     def join(name: str, rank: int, size: int) -> Communicator:
         if store is None or size == 1:
             return SoloCommunicator()
-        return _join_group(PrefixStore(name, store), name, rank, size, device, timeout_s, host)
+        axis = PrefixStore(name, store)
+        if shared_memory and device.type == "cpu":
+            communicator = join_shared_memory(axis, name, rank, size, timeout_s)
+            if communicator is not None:
+                return communicator
+        return join_process_group(axis, name, rank, size, device, timeout_s, host)
 
     tp = join(f"tp{pp_rank}", tp_rank, parallel.tensor_parallel_size)
     try:
@@ -309,39 +204,3 @@ def _join_store(address: str, timeout_s: float) -> Store:
         return TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=timeout_s))
     except RuntimeError as error:
         raise UnavailableError(f"no communicator store at {address}: {error}", store_address=address) from error
-
-
-def _join_group(
-    store: Store, name: str, rank: int, size: int, device: torch.device, timeout_s: float, host: str
-) -> ProcessGroupCommunicator:
-    timeout = timedelta(seconds=timeout_s)
-    try:
-        if device.type == "cuda":
-            nccl = dist.ProcessGroupNCCL.Options()
-            nccl._timeout = timeout
-            group: Backend = dist.ProcessGroupNCCL(store, rank, size, nccl)
-        else:
-            gloo = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # its stub says Options
-            gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
-            gloo._timeout = timeout
-            gloo._threads = 1
-            group = dist.ProcessGroupGloo(store, rank, size, gloo)
-        communicator = ProcessGroupCommunicator(group, name, rank, size)
-    except RuntimeError as error:
-        raise UnavailableError(f"{name}: rank {rank} of {size} could not join: {error}", rank=rank) from error
-    communicator.barrier()
-    return communicator
-
-
-def _checked(tensor: Tensor) -> Tensor:
-    if not tensor.is_contiguous():
-        raise InvalidArgumentError(f"the tensor is not contiguous: shape {tuple(tensor.shape)}, {tensor.stride()}")
-    return tensor
-
-
-def _sum_in_order(parts: Tensor) -> Tensor:
-    """Sum over the first dimension, from first to last: ``torch.sum`` promises no order."""
-    total = parts[0].float() if parts.dtype in (torch.bfloat16, torch.float16) else parts[0].clone()
-    for part in parts[1:]:
-        total += part
-    return total

@@ -1,10 +1,10 @@
-"""Memory that two processes of one host share for a transfer.
+"""Memory that processes of one host share, for a transfer of KV or between the ranks of a group.
 
 The segment is a memfd: it has no name in any file system, so that nothing can be left behind, whoever crashes and
-however (no /dev/shm file, no resource tracker), and no mount's size limits it. The receiver opens it through the
-sender's /proc entry, which the kernel allows to processes of the same user. It is sealed against shrinking, so that
-no sender can make a receiver fault on a page that is gone, and its name, which the kernel shows to whoever opened it,
-is unguessable, so that no stranger can make a receiver open anything else.
+however (no /dev/shm file, no resource tracker), and no mount's size limits it. The others open it through the
+owner's /proc entry, which the kernel allows to processes of the same user. It is sealed against shrinking, so that
+no owner can make another fault on a page that is gone, and its name, which the kernel shows to whoever opened it,
+is unguessable, so that no stranger can make anyone open anything else.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ class OwnedSegment:
         os.close(self.fd)
 
 
-def attach_segment(pid: int, fd: int, name: str, num_bytes: int) -> Bytes:
-    """Map the segment that process ``pid`` owns, for reading.
+def attach_segment(pid: int, fd: int, name: str, num_bytes: int, *, writable: bool = False) -> Bytes:
+    """Map the segment that process ``pid`` owns, for reading, or for both.
 
     Raises:
         UnavailableError: it cannot be opened, or is not what it should be. Nothing stays open.
@@ -83,7 +83,7 @@ def attach_segment(pid: int, fd: int, name: str, num_bytes: int) -> Bytes:
     try:
         if link.readlink() != target:  # looked at before it is opened: opening some files has effects
             raise UnavailableError("refused to attach: another file")
-        opened = os.open(link, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        opened = os.open(link, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError as error:
         raise UnavailableError(f"cannot attach shared memory of process {pid}: {error}") from error
     try:
@@ -91,7 +91,8 @@ def attach_segment(pid: int, fd: int, name: str, num_bytes: int) -> Bytes:
             raise UnavailableError("refused to attach: another file")
         if os.fstat(opened).st_size != num_bytes or not fcntl.fcntl(opened, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
             raise UnavailableError("refused to attach: another size, or not sealed")
-        return np.frombuffer(mmap.mmap(opened, num_bytes, prot=mmap.PROT_READ), np.uint8)
+        prot = mmap.PROT_READ | mmap.PROT_WRITE if writable else mmap.PROT_READ
+        return np.frombuffer(mmap.mmap(opened, num_bytes, prot=prot), np.uint8)
     except OSError as error:
         raise UnavailableError(f"cannot attach shared memory of process {pid}: {error}") from error
     finally:

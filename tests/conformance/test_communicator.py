@@ -1,4 +1,4 @@
-"""One suite over every communicator: solo, gloo between threads, gloo between processes, NCCL between GPUs.
+"""One suite over every communicator: solo, shared memory and gloo between threads and processes, NCCL between GPUs.
 
 A scenario is what one rank does; it checks its own results against a reference computed locally and returns bytes
 that must be the same on every rank. Run as a script, this file is one rank of the process-to-process case.
@@ -7,6 +7,7 @@ that must be the same on every rank. Run as a script, this file is one rank of t
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 import sys
 import time
@@ -18,19 +19,21 @@ import pytest
 import torch
 
 from fuseline.collectives.communicator import (
-    GATHER_LIMIT_BYTES,
     Communicator,
     CommunicatorStore,
     GroupCommunicators,
     SoloCommunicator,
     make_communicators,
 )
+from fuseline.collectives.process_group import GATHER_LIMIT_BYTES, ProcessGroupCommunicator
+from fuseline.collectives.shared_memory import SharedMemoryCommunicator
 from fuseline.runtime.errors import InvalidArgumentError, UnavailableError
 from fuseline.runtime.sharding import ParallelConfig
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
 TIMEOUT_S = 30.0
+TRANSPORTS = {"shm": SharedMemoryCommunicator, "gloo": ProcessGroupCommunicator}
 T = TypeVar("T")
 
 
@@ -174,14 +177,29 @@ def on_ranks(size: int, work: Callable[[int], T]) -> list[T]:
         return [future.result(timeout=60) for future in [pool.submit(work, rank) for rank in range(size)]]
 
 
-def run_on_threads(
-    scenario: Callable[[Communicator, torch.device], bytes], size: int, device_type: str = "cpu"
-) -> list[bytes]:
+@pytest.fixture(params=TRANSPORTS)
+def transport(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def join(
+    store_address: str, parallel: ParallelConfig, rank: int, transport: str, timeout_s: float = TIMEOUT_S
+) -> GroupCommunicators:
+    group = make_communicators(store_address, parallel, rank, CPU, timeout_s, shared_memory=transport == "shm")
+    for axis in (group.tp, group.pp):
+        assert isinstance(axis, (SoloCommunicator, TRANSPORTS[transport]))
+    return group
+
+
+def run_on_threads(scenario: Callable[[Communicator, torch.device], bytes], size: int, transport: str) -> list[bytes]:
     store = CommunicatorStore()
 
     def work(rank: int) -> bytes:
-        device = torch.device("cuda", rank) if device_type == "cuda" else CPU
-        group = make_communicators(store.address, ParallelConfig(size), rank, device, TIMEOUT_S)
+        device = torch.device("cuda", rank) if transport == "nccl" else CPU
+        if transport == "nccl":
+            group = make_communicators(store.address, ParallelConfig(size), rank, device, TIMEOUT_S)
+        else:
+            group = join(store.address, ParallelConfig(size), rank, transport)
         try:
             return scenario(group.tp, device)
         finally:
@@ -195,15 +213,21 @@ def run_on_threads(
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_threads(scenario: Callable[[Communicator, torch.device], bytes], size: int) -> None:
-    assert len(set(run_on_threads(scenario, size))) == 1
+def test_threads(scenario: Callable[[Communicator, torch.device], bytes], size: int, transport: str) -> None:
+    assert len(set(run_on_threads(scenario, size, transport))) == 1
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("scenario", [sums, large_sums], ids=lambda scenario: scenario.__name__)
+def test_the_transport_changes_no_bit(scenario: Callable[[Communicator, torch.device], bytes], size: int) -> None:
+    assert run_on_threads(scenario, size, "shm") == run_on_threads(scenario, size, "gloo")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
 def test_nccl(scenario: Callable[[Communicator, torch.device], bytes]) -> None:
-    assert len(set(run_on_threads(scenario, torch.cuda.device_count(), "cuda"))) == 1
+    assert len(set(run_on_threads(scenario, torch.cuda.device_count(), "nccl"))) == 1
 
 
 def test_one_rank_needs_no_store() -> None:
@@ -212,30 +236,34 @@ def test_one_rank_needs_no_store() -> None:
     assert isinstance(group.pp, SoloCommunicator)
 
 
-def start_processes(store: CommunicatorStore, size: int, mode: str) -> list[subprocess.Popen[str]]:
-    return [
-        subprocess.Popen(
-            [sys.executable, __file__, store.address, str(rank), str(size), mode],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(size)
-    ]
+def start_process(
+    store: CommunicatorStore, rank: int, size: int, mode: str, transport: str, **environment: str
+) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, __file__, store.address, str(rank), str(size), mode, transport],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+    )
 
 
-def test_processes() -> None:
+def start_processes(store: CommunicatorStore, size: int, mode: str, transport: str) -> list[subprocess.Popen[str]]:
+    return [start_process(store, rank, size, mode, transport) for rank in range(size)]
+
+
+def test_processes(transport: str) -> None:
     store = CommunicatorStore()
-    processes = start_processes(store, 2, "scenarios")
+    processes = start_processes(store, 2, "scenarios", transport)
     outputs = [process.communicate(timeout=90)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     assert outputs[0] == outputs[1]
     assert outputs[0].count("\n") == len(SCENARIOS)
 
 
-def test_killed_process_fails_its_peers_at_once() -> None:
+def test_killed_process_fails_its_peers_at_once(transport: str) -> None:
     store = CommunicatorStore()
-    survivor, victim = start_processes(store, 2, "wait")
+    survivor, victim = start_processes(store, 2, "wait", transport)
     try:
         for process in (survivor, victim):
             assert process.stdout is not None
@@ -251,11 +279,38 @@ def test_killed_process_fails_its_peers_at_once() -> None:
             process.communicate()
 
 
-def test_closing_rank_fails_its_peers_at_once() -> None:
+def test_process_killed_among_calls_fails_all_its_peers(transport: str) -> None:
+    """At whatever point of an exchange it dies: all of them are in one all the time."""
+    store = CommunicatorStore()
+    *survivors, victim = processes = start_processes(store, 3, "busy", transport)
+    try:
+        for process in processes:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "joined\n"
+        victim.kill()
+        for survivor in survivors:
+            assert survivor.communicate(timeout=20)[0] == "UNAVAILABLE\n"
+            assert survivor.returncode == 0
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def test_a_rank_without_a_compiler_turns_all_to_gloo() -> None:
+    store = CommunicatorStore()
+    processes = [
+        start_process(store, 0, 2, "whatever works", ""),
+        start_process(store, 1, 2, "whatever works", "", PATH="", CXX=""),
+    ]
+    assert [process.communicate(timeout=90)[0] for process in processes] == ["ProcessGroupCommunicator\n"] * 2
+
+
+def test_closing_rank_fails_its_peers_at_once(transport: str) -> None:
     store = CommunicatorStore()
 
     def work(rank: int) -> float:
-        group = make_communicators(store.address, ParallelConfig(3), rank, CPU, TIMEOUT_S)
+        group = join(store.address, ParallelConfig(3), rank, transport)
         if rank == 2:
             group.close()
             return 0.0
@@ -269,13 +324,11 @@ def test_closing_rank_fails_its_peers_at_once() -> None:
     assert max(on_ranks(3, work)) < 5
 
 
-def test_hung_peer_is_given_up_after_the_timeout() -> None:
+def test_hung_peer_is_given_up_after_the_timeout(transport: str) -> None:
     store = CommunicatorStore()
-
-    def join(rank: int) -> GroupCommunicators:
-        return make_communicators(store.address, ParallelConfig(1, 2), rank, CPU, timeout_s=0.5 if rank else 30)
-
-    hung, patient = on_ranks(2, join)
+    hung, patient = on_ranks(
+        2, lambda rank: join(store.address, ParallelConfig(1, 2), rank, transport, timeout_s=0.5 if rank else 30)
+    )
     started = time.monotonic()
     with pytest.raises(UnavailableError, match="recv"):
         patient.pp.recv(torch.ones(10), 0)
@@ -283,25 +336,25 @@ def test_hung_peer_is_given_up_after_the_timeout() -> None:
     hung.close()
 
 
-def test_joining_is_bounded() -> None:
+def test_joining_is_bounded(transport: str) -> None:
     store = CommunicatorStore()
     with pytest.raises(UnavailableError, match="could not join"):
-        make_communicators(store.address, ParallelConfig(2), 0, CPU, timeout_s=0.5)
+        join(store.address, ParallelConfig(2), 0, transport, timeout_s=0.5)
     port = store.address.rpartition(":")[2]
     store.close()
     with pytest.raises(UnavailableError, match="no communicator store"):
-        make_communicators(f"127.0.0.1:{port}", ParallelConfig(2), 0, CPU, timeout_s=0.5)
+        join(f"127.0.0.1:{port}", ParallelConfig(2), 0, transport, timeout_s=0.5)
     with pytest.raises(InvalidArgumentError):
-        make_communicators("nonsense", ParallelConfig(2), 0, CPU, timeout_s=0.5)
+        join("nonsense", ParallelConfig(2), 0, transport, timeout_s=0.5)
 
 
-def test_stages_and_shards_of_two_models_in_one_process() -> None:
+def test_stages_and_shards_of_two_models_in_one_process(transport: str) -> None:
     parallel = ParallelConfig(tensor_parallel_size=2, pipeline_parallel_size=2)
     stores = [CommunicatorStore(), CommunicatorStore()]
 
     def work(index: int) -> tuple[list[int], list[int]]:
         model, rank = divmod(index, 4)
-        group = make_communicators(stores[model].address, parallel, rank, CPU, TIMEOUT_S)
+        group = join(stores[model].address, parallel, rank, transport)
         mine = torch.tensor([10 * model + rank])
         gathered = group.tp.all_gather(mine, 0).tolist(), group.pp.all_gather(mine, 0).tolist()
         assert (group.pp.rank, group.tp.rank) == divmod(rank, 2)
@@ -315,11 +368,23 @@ def test_stages_and_shards_of_two_models_in_one_process() -> None:
         assert pp == [base + rank % 2, base + rank % 2 + 2]
 
 
-def run_rank(store_address: str, rank: int, size: int, mode: str) -> None:
-    group = make_communicators(store_address, ParallelConfig(size), rank, CPU, TIMEOUT_S)
+def run_rank(store_address: str, rank: int, size: int, mode: str, transport: str) -> None:
+    parallel = ParallelConfig(size)
+    if mode == "whatever works":
+        print(type(make_communicators(store_address, parallel, rank, CPU, TIMEOUT_S).tp).__name__)
+        return
+    group = join(store_address, parallel, rank, transport)
     if mode == "scenarios":
         for scenario in SCENARIOS:
             print(scenario.__name__, hashlib.sha256(scenario(group.tp, CPU)).hexdigest(), flush=True)
+    elif mode == "busy":
+        group.tp.all_reduce(torch.ones(10))
+        print("joined", flush=True)
+        try:
+            while True:
+                group.tp.all_reduce(torch.ones(100_000))
+        except UnavailableError as error:
+            print(error.code, flush=True)
     else:
         print("joined", flush=True)
         if rank == 1:
@@ -332,4 +397,4 @@ def run_rank(store_address: str, rank: int, size: int, mode: str) -> None:
 
 
 if __name__ == "__main__":
-    run_rank(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    run_rank(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5])

@@ -1,20 +1,31 @@
-"""Launchers of the shared-memory exchange between ranks; the contract is in ``csrc/cpu/exchange.h``."""
+"""Launchers of the shared-memory exchange between ranks; the contract is in ``csrc/exchange/exchange.h``.
+
+A library of its own, since ranks exchange whatever computes their layers; it compiles in seconds.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
+import platform
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..errors import KernelArgumentError
+from .build import LibrarySource, build_library, find_compiler
+from .cpu.library import FLAGS, LINK_FLAGS
+from .errors import BuildError, KernelArgumentError
 
+logger = logging.getLogger(__name__)
+
+SOURCE_FOLDER = Path(__file__).parent / "csrc"
 # Longer than ranks of equal speed drift apart in a layer; sleeping and waking up takes about as long.
 SPIN_NS = 50_000
 MAX_RANKS = 16
@@ -57,6 +68,26 @@ class NativeAllReduce:
     owner: object
 
 
+@cache
+def exchange_library() -> ctypes.CDLL | None:
+    """The library, built if need be, or None if there can be none; then the reason has been logged, once."""
+    source = LibrarySource(
+        name=f"fuseline_exchange_{platform.machine()}",
+        sources=(SOURCE_FOLDER / "exchange" / "exchange.cpp",),
+        headers=(SOURCE_FOLDER / "exchange" / "exchange.h", SOURCE_FOLDER / "cpu" / "isa.h"),
+        flags=FLAGS,
+        link_flags=LINK_FLAGS,
+    )
+    try:
+        path = build_library(source, find_compiler(os.environ.get("CXX", ""), "g++", "c++"))
+        library = ctypes.CDLL(str(path))
+    except (BuildError, OSError) as error:
+        logger.warning("ranks cannot exchange through shared memory, which is slower. %s", error)
+        return None
+    _declare(library)
+    return library
+
+
 class Exchange:
     """One rank's handle on a mapping that all ranks of a group share.
 
@@ -97,7 +128,7 @@ class Exchange:
             _close_all(pidfds)
             raise KernelArgumentError(f"rank {rank} of {world} cannot share this segment")
         self._handle: int = handle
-        # The mapping stays as long as the handle. Not at exit, when a thread may be in a call: the process goes anyway.
+        # The mapping stays as long as the handle. Not at exit, when a thread may be in a call.
         weakref.finalize(self, _destroy, library, handle, pidfds, segment).atexit = False
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
@@ -140,12 +171,10 @@ class Exchange:
 
 
 def num_bytes(library: ctypes.CDLL, world_size: int) -> int:
-    """What a group of so many ranks shares; from 2 to ``MAX_RANKS``."""
-    _declare(library)
+    """Of the segment that so many ranks share, from 2 to ``MAX_RANKS``."""
     return int(library.fl_shm_bytes(world_size))
 
 
-@cache
 def _declare(library: ctypes.CDLL) -> None:
     pointer, i32, i64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
     for name, result, arguments in (
@@ -173,7 +202,9 @@ def _check(code: int) -> None:
 
 def _address(tensor: torch.Tensor) -> int:
     if tensor.device.type != "cpu" or not tensor.is_contiguous():
-        raise KernelArgumentError(f"a {tensor.device} tensor with strides {tensor.stride()}: not contiguous on the CPU")
+        raise KernelArgumentError(
+            f"a {tensor.device} tensor with strides {tensor.stride()}: not contiguous on the CPU"
+        )
     return tensor.data_ptr()
 
 
