@@ -18,6 +18,7 @@ from fuseline.proto.fuseline.v1 import worker_pb2
 from fuseline.runtime.config import SchedulerConfig
 from fuseline.runtime.role import WorkerRole
 from fuseline.tests.cluster.scripted_worker import until
+from fuseline.tests.timing import PATIENTLY_S
 from fuseline.workers.group import GroupConfig, ModelGroup
 from fuseline.workers.loader import model_info, resolve_model
 from fuseline.workers.server import WorkerServer
@@ -49,8 +50,8 @@ class LiveCluster:
             for s in self.snapshots().values()
         )
 
-    async def empties(self, timeout_s: float = 1.0) -> None:
-        await until(self.is_empty, timeout_s)
+    async def empties(self) -> None:
+        await until(self.is_empty)
 
 
 def group_config(**fields: Any) -> GroupConfig:
@@ -79,7 +80,7 @@ async def gateway_over(
     try:
         async with AsyncClient(address) as client:
             if infos:
-                await asyncio.wait_for(gateway.wait_ready(), 10)
+                await asyncio.wait_for(gateway.wait_ready(), PATIENTLY_S)
             yield LiveCluster(gateway, address, client, membership, infos)
     finally:
         await gateway.stop(0)

@@ -14,6 +14,7 @@ from fuseline.cluster.placement import Resources
 from fuseline.cluster.reconcile import Limits, Target
 from fuseline.runtime.errors import UnavailableError
 from fuseline.runtime.role import WorkerRole
+from fuseline.tests.timing import PATIENTLY_S
 
 CONFIG = ClusterConfig(device="cpu", prefill=PoolConfig(1), decode=PoolConfig(1))
 LIMITS = Limits(start_timeout_s=5, drain_timeout_s=5, first_delay_s=0.01, max_delay_s=0.05)
@@ -132,7 +133,7 @@ async def running(cluster: Cluster, store: Store | None = None) -> AsyncIterator
 
 
 async def until(
-    controller: ClusterControl, condition: Callable[[ControllerStatus], bool], timeout_s: float = 10.0
+    controller: ClusterControl, condition: Callable[[ControllerStatus], bool], timeout_s: float = PATIENTLY_S
 ) -> ControllerStatus:
     """The first status that fulfils the condition."""
     async with asyncio.timeout(timeout_s):

@@ -12,6 +12,7 @@ import grpc.aio
 from fuseline.cluster.membership import ReplicaInfo, ReplicaState
 from fuseline.proto.fuseline.v1 import common_pb2, worker_pb2, worker_pb2_grpc
 from fuseline.runtime.role import WorkerRole
+from fuseline.tests.timing import PROMPTLY_S
 
 Output = common_pb2.SequenceOutput
 LENGTH = common_pb2.FINISH_REASON_LENGTH
@@ -117,7 +118,7 @@ class ScriptedWorker(
             self.ended.append(ended)
 
 
-async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+async def until(condition: Callable[[], bool], timeout_s: float = PROMPTLY_S) -> None:
     """Wait for something that no event tells of."""
     async with asyncio.timeout(timeout_s):
         while not condition():  # noqa: ASYNC110

@@ -30,6 +30,7 @@ from fuseline.runtime.role import WorkerRole
 from fuseline.tests.cluster.live_cluster import LiveCluster, live_cluster
 from fuseline.tests.cluster.memory_cluster import Cluster, reached, running
 from fuseline.tests.cluster.scripted_worker import until
+from fuseline.tests.timing import PATIENTLY_S, PROMPTLY_S
 
 PROMPT = "def read(path):\n"
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
@@ -53,13 +54,11 @@ async def cluster() -> AsyncIterator[LiveCluster]:
 
 def test_importing_the_clients_loads_neither_torch_nor_ray() -> None:
     code = (
-        "import sys, time; start = time.process_time(); import fuseline; fuseline.Client, fuseline.AsyncClient;"
+        "import sys; import fuseline; fuseline.Client, fuseline.AsyncClient;"
         "heavy = {'torch', 'ray', 'transformers', 'numpy', 'tokenizers'};"
-        "print(time.process_time() - start, *heavy & set(sys.modules))"
+        "print(*heavy & set(sys.modules))"
     )
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert float(told[0]) < 0.5
-    assert told[1:] == []
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
 
 
 async def test_it_streams_completes_and_describes(cluster: LiveCluster) -> None:
@@ -92,8 +91,8 @@ async def test_leaving_a_stream_cancels_the_request(cluster: LiveCluster) -> Non
         # Closing the client ends what is still open.
 
     await asyncio.to_thread(use)
-    await until(lambda: cluster.gateway.num_sequences == 0, 1)
-    await cluster.empties(1)
+    await until(lambda: cluster.gateway.num_sequences == 0)
+    await cluster.empties()
     assert cluster.gateway.inference.finished == Counter({FinishReason.ABORT: 3})
 
 
@@ -129,7 +128,7 @@ async def test_an_operator_sees_and_scales_and_stops() -> None:
                     (WorkerRole.DECODE, 1),
                 ]
                 assert {replica.state for replica in status.replicas} == {"ready"}
-                scaled = client.scale(decode=2, wait=True, timeout=10)
+                scaled = client.scale(decode=2, wait=True, timeout=PATIENTLY_S)
                 assert sum(replica.role is WorkerRole.DECODE for replica in scaled.replicas) == 2
                 assert client.scale({"prefill": 2}).target[0].num_replicas == 2
                 with pytest.raises(InvalidArgumentError, match="no pool 'encode'"):
@@ -144,7 +143,7 @@ async def test_an_operator_sees_and_scales_and_stops() -> None:
         async with AsyncClient(cluster.address) as client:
             assert (await client.status()).model == "demo"
             assert (await client.scale(decode=1)).target[1].num_replicas == 1
-        await asyncio.wait_for(stopped.wait(), 1)
+        await asyncio.wait_for(stopped.wait(), PROMPTLY_S)
 
 
 def test_nobody_there_is_said_in_few_words() -> None:

@@ -18,6 +18,7 @@ from fuseline.cluster.messages import ControllerStatus
 from fuseline.proto.fuseline.v1 import cluster_pb2, cluster_pb2_grpc, worker_pb2
 from fuseline.runtime.errors import InvalidArgumentError, NotFoundError, ResourceExhaustedError, UnavailableError
 from fuseline.tests.cluster.memory_cluster import Cluster, Worker, reached, running, until
+from fuseline.tests.timing import PATIENTLY_S
 from fuseline.workers.grpc_errors import error_from_rpc
 
 PREFILL, DECODE, MIXED = (worker_pb2.WORKER_ROLE_PREFILL, worker_pb2.WORKER_ROLE_DECODE, worker_pb2.WORKER_ROLE_MIXED)
@@ -35,7 +36,7 @@ class Served:
         request = cluster_pb2.SetTargetRequest(wait=wait)
         for role, num_replicas in sizes:
             request.sizes.add(role=role, num_replicas=num_replicas)
-        return await self.stub.SetTarget(request, timeout=10)
+        return await self.stub.SetTarget(request, timeout=PATIENTLY_S)
 
 
 @asynccontextmanager
@@ -131,7 +132,7 @@ async def test_a_drain_answers_when_done_or_before_its_deadline() -> None:
         for worker_id in (prefill, decode):
             served.cluster.workers[worker_id].load = 2
         request = cluster_pb2.DrainRequest(worker_id=prefill)
-        assert (await served.stub.Drain(request, timeout=0.4)).num_left == 2
+        assert (await served.stub.Drain(request, timeout=2)).num_left == 2
         drain = served.stub.Drain(cluster_pb2.DrainRequest(worker_id=decode))
         await until(served.controller, lambda status: is_draining(status, decode))
         served.cluster.finish(decode)

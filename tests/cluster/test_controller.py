@@ -11,6 +11,7 @@ from fuseline.cluster.reconcile import Target
 from fuseline.runtime.errors import NotFoundError, ResourceExhaustedError
 from fuseline.runtime.role import WorkerRole
 from fuseline.tests.cluster.memory_cluster import CONFIG, LIMITS, Cluster, Store, Worker, reached, running, until
+from fuseline.tests.timing import PROMPTLY_S
 
 
 async def test_it_starts_what_the_configuration_asks_for() -> None:
@@ -153,13 +154,13 @@ async def test_a_bug_ends_the_controller_rather_than_losing_a_replica() -> None:
 
     controller = Controller(CONFIG, Cluster(on_start=fail), Store(), LIMITS)
     with pytest.raises(RuntimeError, match="a bug"):
-        await asyncio.wait_for(controller.run(), 5)
+        await asyncio.wait_for(controller.run(), PROMPTLY_S)
 
 
 async def test_closing_ends_every_worker() -> None:
     cluster = Cluster()
     async with running(cluster) as controller:
         await reached(controller)
-        await asyncio.wait_for(controller.close(), 5)
+        await asyncio.wait_for(controller.close(), PROMPTLY_S)
         assert cluster.workers == {}
         assert (await controller.watch(-1, 1)).replicas == ()

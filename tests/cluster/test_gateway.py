@@ -29,6 +29,7 @@ from fuseline.runtime.role import WorkerRole
 from fuseline.runtime.sampling_params import SamplingParams, child_seed
 from fuseline.tests.cluster.live_cluster import MODEL, TOKENIZER, LiveCluster, gateway_over, live_cluster
 from fuseline.tests.cluster.scripted_worker import ScriptedWorker, output, until
+from fuseline.tests.timing import PATIENTLY_S
 from fuseline.workers.llm import LLM
 
 PROMPT = "def fibonacci(n):\n    a, b = 0, 1\n"
@@ -215,10 +216,10 @@ async def test_more_than_fits_waits_in_the_gateway_and_is_served() -> None:
     params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
     async with live_cluster(num_kv_blocks=20) as cluster:
         asked = [cluster.client.complete([7] * 150, params, cache_salt=str(index)) for index in range(8)]  # 10 blocks
-        results = await asyncio.gather(*asked)
+        answers = asyncio.gather(*asked)
+        await until(lambda: cluster.gateway.inference._dispatcher.num_waiting > 0)
+        results = await answers
         assert len({result.text for result in results}) == 1
-        queued = [result.completions[0].summary.queue_s for result in results]
-        assert max(queued) > 0.01 > min(queued)
         assert sum(result.completions[0].summary.num_retries for result in results) == 0
         with pytest.raises(ResourceExhaustedError, match="the largest decode worker has 20"):
             await cluster.client.complete([7] * 400, params)
@@ -233,20 +234,22 @@ async def test_a_client_that_leaves_frees_every_leg(cluster: LiveCluster, num_ch
     if not num_chunks:
         await until(lambda: cluster.gateway.num_sequences == 1)
     await stream.aclose()
-    await until(lambda: cluster.gateway.num_sequences == 0, 1)
-    await cluster.empties(1)
+    await until(lambda: cluster.gateway.num_sequences == 0)
+    await cluster.empties()
     assert cluster.gateway.inference.finished == Counter({FinishReason.ABORT: 1})
 
 
 async def test_a_deadline_ends_every_leg_as_one(cluster: LiveCluster) -> None:
     chunks: list[GenerateChunk] = []
-    with pytest.raises(DeadlineExceededError):
-        async for chunk in cluster.client.generate(PROMPT, FOREVER, timeout=0.6):
-            chunks.append(chunk)
-    assert chunks
-    await until(lambda: cluster.gateway.num_sequences == 0, 1)
-    await cluster.empties(1)
-    assert cluster.gateway.inference.finished == Counter({FinishReason.DEADLINE: 1})
+    num_tries = 0
+    while not chunks:  # a busy machine may need longer for the first
+        num_tries += 1
+        with pytest.raises(DeadlineExceededError):
+            async for chunk in cluster.client.generate(PROMPT, FOREVER, timeout=0.2 * 2**num_tries):
+                chunks.append(chunk)
+    await until(lambda: cluster.gateway.num_sequences == 0)
+    await cluster.empties()
+    assert cluster.gateway.inference.finished == Counter({FinishReason.DEADLINE: num_tries})
 
 
 @asynccontextmanager
@@ -260,7 +263,7 @@ async def slow_client(cluster: LiveCluster) -> AsyncIterator[Any]:
         )
         responses = aiter(call)
         await anext(responses)
-        await until(lambda: cluster.snapshots()["decode-0"].num_finished == 4, 30)
+        await until(lambda: cluster.snapshots()["decode-0"].num_finished == 4, PATIENTLY_S)
         await cluster.empties()
         assert cluster.gateway.num_sequences == 4  # what the client has not taken waits, as tokens
         yield responses

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from fuseline.cluster.processes import Process, descendants, end_all, family, is_alive, wait_ended
+from fuseline.tests.timing import PROMPTLY_S
 
 SLEEP = "import time; time.sleep(60)"
 # A child that has a child of its own; the name of the process is meant to mislead a careless parser.
@@ -36,7 +37,7 @@ def test_children_and_their_children_are_found_and_ended(child: subprocess.Popen
     both = {process for process in found if process.pid in (child.pid, grandchild)}
     assert wait_ended(both, 0.05) == both
     end_all(both, 0.0)
-    assert wait_ended(both, 10.0) == set()
+    assert wait_ended(both, PROMPTLY_S) == set()
 
 
 def test_a_family_is_known_by_a_word_of_its_elders(child: subprocess.Popen[str]) -> None:

@@ -25,6 +25,7 @@ from fuseline.runtime.errors import ResourceExhaustedError
 from fuseline.runtime.sampling_params import SamplingParams
 from fuseline.runtime.sharding import ParallelConfig
 from fuseline.tests.cluster.memory_cluster import until
+from fuseline.tests.timing import PATIENTLY_S, PROMPTLY_S
 from fuseline.workers.loader import model_info, resolve_model
 from fuseline.workers.tokenizer import Tokenizer
 
@@ -37,7 +38,6 @@ CONFIG = ClusterConfig(
     limits=EngineLimits(max_model_len=512, num_blocks=256, max_num_seqs=16, max_num_batched_tokens=256),
 )
 NUM_USERS = 4
-START_S = 120.0  # for replicas to start on a busy machine
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ async def gateway_of(backend: RayBackend) -> AsyncIterator[AsyncClient]:
     service.snapshots = gateway.pool.snapshots
     port = await gateway.start()
     try:
-        await asyncio.wait_for(gateway.wait_ready(), START_S)
+        await asyncio.wait_for(gateway.wait_ready(), PATIENTLY_S)
         client = AsyncClient(f"127.0.0.1:{port}")
         yield client
         await client.close()
@@ -70,7 +70,7 @@ async def gateway_of(backend: RayBackend) -> AsyncIterator[AsyncClient]:
 
 
 async def test_the_configured_replicas_start_and_serve(backend: RayBackend) -> None:
-    status = await until(backend.controller, lambda status: status.reached, START_S)
+    status = await until(backend.controller, lambda status: status.reached)
     prefill, decode = status.replicas
     assert (len(prefill.pids), len(decode.pids)) == (2, 1)
     assert {prefill.num_restarts, decode.num_restarts} == {0}
@@ -99,16 +99,16 @@ async def test_decode_scales_up_and_down_while_requests_run_and_none_is_lost(bac
                 assert completion.token_ids == expected
                 await answers.put(completion.summary.decode_worker)
 
-        async with asyncio.timeout(2 * START_S), asyncio.TaskGroup() as users:
+        async with asyncio.timeout(2 * PATIENTLY_S), asyncio.TaskGroup() as users:
             for _ in range(NUM_USERS):
                 users.create_task(keep_asking())
-            up = await client.scale(decode=2, wait=True, timeout=START_S)
+            up = await client.scale(decode=2, wait=True, timeout=PATIENTLY_S)
             decoders = {replica.worker_id for replica in up.replicas if replica.role == "decode"}
             assert len(decoders) == 2
             seen: set[str] = set()
             while not decoders <= seen:
                 seen.add(await answers.get())
-            down = await client.scale(decode=1, wait=True, timeout=START_S)
+            down = await client.scale(decode=1, wait=True, timeout=PATIENTLY_S)
             (left,) = {replica.worker_id for replica in down.replicas} & decoders
             # Answers of the other one may still be on their way, one per user.
             for _ in range(answers.qsize() + NUM_USERS):
@@ -118,15 +118,15 @@ async def test_decode_scales_up_and_down_while_requests_run_and_none_is_lost(bac
 
 
 async def test_replicas_of_killed_processes_are_replaced(backend: RayBackend) -> None:
-    status = await until(backend.controller, lambda status: status.reached, START_S)
+    status = await until(backend.controller, lambda status: status.reached)
     prefill, decode = status.replicas
     doomed = {process for process in descendants(os.getpid()) if process.pid in (*prefill.pids, *decode.pids)}
     assert len(doomed) == 3
     os.kill(decode.pids[0], signal.SIGKILL)  # the replica's serving process: Ray notices at once
-    await until(backend.controller, lambda status: not is_ready(status, decode.worker_id), 5.0)
+    await until(backend.controller, lambda status: not is_ready(status, decode.worker_id), PROMPTLY_S)
     os.kill(prefill.pids[1], signal.SIGKILL)  # a rank of a group that is idle
-    await until(backend.controller, lambda status: not is_ready(status, prefill.worker_id), 20.0)
-    status = await until(backend.controller, lambda status: status.reached, START_S)
+    await until(backend.controller, lambda status: not is_ready(status, prefill.worker_id), 2 * PROMPTLY_S)
+    status = await until(backend.controller, lambda status: status.reached)
     assert {row.worker_id for row in status.replicas}.isdisjoint({prefill.worker_id, decode.worker_id})
     assert [row.num_restarts for row in status.replicas] == [1, 1]
     assert await asyncio.to_thread(wait_ended, doomed, STOP_TIMEOUT_S) == set()
@@ -147,14 +147,14 @@ async def test_more_than_the_machine_has_is_refused_with_numbers(backend: RayBac
 
 async def test_a_killed_controller_comes_back_and_finds_everything(backend: RayBackend) -> None:
     await backend.controller.set_target(Target(0, 1))
-    before = await until(backend.controller, lambda status: status.reached, START_S)
+    before = await until(backend.controller, lambda status: status.reached)
     views = backend.membership.watch()
     assert len((await anext(views)).replicas) == 1
     os.kill(controller_pid(), signal.SIGKILL)
-    after = await until(backend.controller, lambda status: status.reached and status.uptime_s < before.uptime_s, 60.0)
+    after = await until(backend.controller, lambda status: status.reached and status.uptime_s < before.uptime_s)
     assert after.target == Target(0, 1)
     assert [row.worker_id for row in after.replicas] == [row.worker_id for row in before.replicas]
-    again = await asyncio.wait_for(anext(views), 60.0)
+    again = await asyncio.wait_for(anext(views), PATIENTLY_S)
     assert [info.worker_id for info in again.replicas] == [row.worker_id for row in before.replicas]
 
 
@@ -200,9 +200,9 @@ def test_a_driver_that_is_told_to_end_leaves_no_process_behind(backend: RayBacke
     own.send_signal(signal.SIGTERM)
     assert first_line(joined) == address
     joined.send_signal(signal.SIGINT)
-    assert own.wait(60) == 128 + signal.SIGTERM
+    assert own.wait(PATIENTLY_S) == 128 + signal.SIGTERM
     assert wait_ended(processes, 0.0) == set()
     assert not log_dir.exists()
-    assert joined.wait(60) == -signal.SIGINT
-    assert wait_ended(descendants(os.getpid()) - before, 10.0) == set()
+    assert joined.wait(PATIENTLY_S) == -signal.SIGINT
+    assert wait_ended(descendants(os.getpid()) - before, PATIENTLY_S) == set()
     assert before <= descendants(os.getpid())

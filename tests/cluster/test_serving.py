@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from fuseline.tests.cluster.scripted_worker import until
+from fuseline.tests.timing import PATIENTLY_S, PROMPTLY_S
 
 pytestmark = pytest.mark.ray
 MARK = "FUSELINE_TEST"
@@ -42,7 +43,7 @@ async def command(*arguments: str | Path) -> AsyncIterator[tuple[asyncio.subproc
     )
     try:
         yield process, mark
-        await until(lambda: not marked(mark), 10)
+        await until(lambda: not marked(mark), PATIENTLY_S)
     finally:
         if process.returncode is None:
             process.kill()
@@ -67,7 +68,7 @@ async def test_a_second_ctrl_c_ends_it_at_once_and_leaves_nothing() -> None:
         assert any("raylet" in line for line in marked(mark))
         process.send_signal(signal.SIGINT)
         process.send_signal(signal.SIGTERM)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PROMPTLY_S):
             assert await process.wait() == 130
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from concurrent.futures import Future
 from contextlib import asynccontextmanager
 
 import pytest
@@ -14,6 +15,7 @@ from fuseline.cluster.reconcile import Slot
 from fuseline.cluster.worker_host import WorkerHost
 from fuseline.runtime.errors import ModelFormatError, UnavailableError
 from fuseline.runtime.role import WorkerRole
+from fuseline.tests.timing import PROMPTLY_S
 
 SPEC = WorkerSpec("decode-0-ab", Slot(WorkerRole.DECODE, 0), WorkerRole.DECODE, 2, ClusterConfig(device="cpu"))
 
@@ -27,10 +29,10 @@ class Worker:
         self.stopped = False
         self.num_under_way = 1
         self.may_start, self.broken, self.finished = asyncio.Event(), asyncio.Event(), asyncio.Event()
-        self.loop: asyncio.AbstractEventLoop | None = None
+        self.loop: Future[asyncio.AbstractEventLoop] = Future()
 
     async def start(self) -> str:
-        self.loop = asyncio.get_running_loop()
+        self.loop.set_result(asyncio.get_running_loop())
         await self.may_start.wait()
         if self.start_error is not None:
             raise self.start_error
@@ -57,8 +59,7 @@ class Worker:
         self.stopped = True
 
     def tell(self, event: asyncio.Event) -> None:
-        assert self.loop is not None
-        self.loop.call_soon_threadsafe(event.set)
+        self.loop.result(PROMPTLY_S).call_soon_threadsafe(event.set)
 
 
 @asynccontextmanager
@@ -68,12 +69,12 @@ async def hosting(worker: Worker) -> AsyncIterator[WorkerHost]:
     try:
         yield host
     finally:
-        await asyncio.wait_for(host.stop(), 10)
+        await asyncio.wait_for(host.stop(), PROMPTLY_S)
     assert worker.stopped
 
 
 async def until(host: WorkerHost, state: ReplicaState) -> ReplicaReport:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PROMPTLY_S):
         report = await host.report(-1)
         while report.state is not state:
             report = await host.report(report.version)
@@ -142,6 +143,6 @@ async def test_a_worker_can_be_stopped_while_it_starts_and_then_answers_no_more(
     worker = Worker()
     async with hosting(worker) as host:
         await host.report(-1)
-        await asyncio.wait_for(host.stop(), 10)
+        await asyncio.wait_for(host.stop(), PROMPTLY_S)
         with pytest.raises(UnavailableError, match="worker decode-0-ab has ended"):
             await host.report(-1)

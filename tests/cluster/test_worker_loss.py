@@ -20,6 +20,7 @@ from fuseline.runtime.role import WorkerRole
 from fuseline.runtime.sampling_params import SamplingParams
 from fuseline.tests.cluster.live_cluster import gateway_over, group_config, worker
 from fuseline.tests.cluster.scripted_worker import until
+from fuseline.tests.timing import PROMPTLY_S
 
 PROMPT = "class Stack:\n    def __init__(self):\n" * 4
 SEEDED = SamplingParams(seed=3, max_tokens=20)
@@ -94,7 +95,7 @@ async def test_killed_workers_are_survived_until_text_depends_on_them() -> None:
             await anext(stream)
         other_decode.process.kill()
         with pytest.raises(UnavailableError, match="worker decode-1 was lost"):
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(PROMPTLY_S):
                 async for _ in stream:
                     pass
         await until(lambda: set(cluster.snapshots()) == {"prefill-1"})

@@ -4,7 +4,6 @@ import os
 import socket
 import struct
 import threading
-import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -15,6 +14,7 @@ from fuseline.collectives.messages import MessageCodec
 from fuseline.collectives.step_channel import StepChannel, StepListener
 from fuseline.runtime.errors import InvalidArgumentError, UnavailableError
 from fuseline.runtime.plan import StepResult
+from fuseline.tests.timing import PATIENTLY_S, PROMPTLY_S
 
 CODEC = MessageCodec([StepResult])
 
@@ -32,7 +32,7 @@ def send_all(channel: StepChannel, messages: list[StepResult]) -> None:
 def ends() -> Iterator[tuple[StepChannel, StepChannel]]:
     listener = StepListener("127.0.0.1", CODEC)
     far = StepChannel.connect(listener.address, listener.token, 1, CODEC)
-    near = listener.accept({1}, 5.0, lambda: None)[1]
+    near = listener.accept({1}, PATIENTLY_S, lambda: None)[1]
     listener.close()
     yield near, far
     near.close()
@@ -71,17 +71,15 @@ def test_end_of_file_is_noticed_at_once(ends: tuple[StepChannel, StepChannel]) -
     failed = []
 
     def wait() -> None:
-        start = time.monotonic()
         with pytest.raises(UnavailableError):
             near.receive()
-        failed.append(time.monotonic() - start)
+        failed.append(True)
 
     waiter = threading.Thread(target=wait)
     waiter.start()
     far.close()
-    waiter.join(5)
+    waiter.join(PROMPTLY_S)
     assert failed
-    assert failed[0] < 1.0
     with pytest.raises(UnavailableError):
         for _ in range(50):
             near.send(result(0, 10000))
@@ -101,7 +99,7 @@ def test_close_wakes_the_own_receiver(ends: tuple[StepChannel, StepChannel]) -> 
     waiter.start()
     near.close()
     near.close()
-    waiter.join(5)
+    waiter.join(PROMPTLY_S)
     assert len(outcome) == 1
 
 
@@ -146,7 +144,7 @@ def test_strangers_do_not_get_in() -> None:
     listener = StepListener("127.0.0.1", CODEC)
     host, port = listener.address.split(":")
     channels = {}
-    accepting = threading.Thread(target=lambda: channels.update(listener.accept({1, 2}, 10.0, lambda: None)))
+    accepting = threading.Thread(target=lambda: channels.update(listener.accept({1, 2}, PATIENTLY_S, lambda: None)))
     accepting.start()
     strangers = [socket.create_connection((host, int(port))) for _ in range(step_channel._MAX_STRANGERS + 3)]
     strangers[-1].sendall(b"x" * 5)  # an unfinished hello

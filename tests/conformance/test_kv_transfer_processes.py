@@ -23,6 +23,7 @@ from fuseline.runtime.errors import ProvenanceError, UnavailableError
 from fuseline.runtime.handoff import KvReservation, RankEndpoint
 from fuseline.runtime.sharding import KvRange
 from fuseline.tests.kv_ranks import DecodeRank, PrefillRank, Servers, prompt_kv, provenance, reserve
+from fuseline.tests.timing import PROMPTLY_S
 
 NUM_TOKENS = 37
 SOURCE_BLOCKS = [9, 3, 4, 5, 15, 0, 1, 11, 7, 2]
@@ -87,9 +88,9 @@ def mapped_segments() -> int:
     return Path("/proc/self/maps").read_text().count("fuseline-kv")
 
 
-def gone_within(seconds: float) -> bool:
-    """Whether all segments are unmapped in time."""
-    deadline = time.monotonic() + seconds
+def unmapped() -> bool:
+    """Whether all segments are unmapped promptly."""
+    deadline = time.monotonic() + PROMPTLY_S
     while mapped_segments() and time.monotonic() < deadline:
         threading.Event().wait(0.02)
     return mapped_segments() == 0
@@ -109,7 +110,7 @@ def test_between_processes(transport: str) -> None:
         decode.tell(verify=True)
         assert decode.hear() == {"kv": kv.flatten().tolist()}
     rank.sender.close()
-    assert gone_within(10)
+    assert unmapped()
 
 
 def test_killed_receiver_is_noticed_at_once(transport: str) -> None:
@@ -123,10 +124,10 @@ def test_killed_receiver_is_noticed_at_once(transport: str) -> None:
         assert not future.done()
         decode.kill()
         with pytest.raises(UnavailableError):
-            future.result(timeout=10)
+            future.result(timeout=PROMPTLY_S)
     assert rank.sender.stats().num_open == 0
     rank.sender.close()
-    assert gone_within(10)
+    assert unmapped()
 
 
 def test_killed_sender_leaves_nothing_behind(servers: Servers, transport: str) -> None:
@@ -138,7 +139,7 @@ def test_killed_sender_leaves_nothing_behind(servers: Servers, transport: str) -
         if transport == "shm":
             assert mapped_segments() == 1
         prefill.kill()
-        assert gone_within(10)
+        assert unmapped()
     with pytest.raises(ProvenanceError, match="layer 3"):
         decode.receiver.verify(handoff.id, EXPECTED)
     assert torch.equal(decode.read(NUM_TOKENS, DECODE_BLOCKS)[:3], prompt_kv(NUM_TOKENS)[:3])

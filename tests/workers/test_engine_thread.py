@@ -30,6 +30,7 @@ from fuseline.runtime.plan import StepPlan, StepResult
 from fuseline.runtime.request import FinishReason, Phase, Request, SequenceOutput
 from fuseline.runtime.sampling_params import SamplingParams
 from fuseline.runtime.sharding import ModelShape
+from fuseline.tests.timing import PATIENTLY_S
 from fuseline.workers.engine_thread import EngineThread
 from fuseline.workers.request_stream import RequestStream
 
@@ -87,7 +88,7 @@ async def running(max_live: int = 8) -> AsyncIterator[Setup]:
     engine = Engine(config, executor, time.monotonic)
     thread = EngineThread(engine, max_live=max_live, on_failure=failures.append)
     try:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENTLY_S):
             yield Setup(engine, executor, thread, failures)
     finally:
         executor.is_open = True
@@ -159,10 +160,8 @@ async def test_a_deadline_ends_a_request_without_anyone_asking() -> None:
         await s.thread.open_stream("r")
         stream = s.thread._streams["r"]
         await s.thread.reserve(request("r", phase=Phase.DECODE, deadline=time.monotonic() + 0.05))
-        start = time.monotonic()
         with pytest.raises(DeadlineExceededError):
             await stream.get()
-        assert time.monotonic() - start < 1
         # The blocks stay until the transfer is known to have stopped.
         assert (await s.thread.stats()).num_free_blocks < 16
         await s.thread.close_stream(stream)

@@ -27,6 +27,7 @@ from fuseline.runtime.errors import (
 from fuseline.runtime.request import Request
 from fuseline.runtime.sampling_params import SamplingParams
 from fuseline.runtime.sharding import ParallelConfig
+from fuseline.tests.timing import PROMPTLY_S
 from fuseline.tests.workers.llm_cases import SMALL_LLM, logprobs_of, run_mixed, tokens_of, write_tiny
 from fuseline.workers import rank
 from fuseline.workers.group import GroupConfig, ModelGroup
@@ -64,7 +65,7 @@ def rank_processes() -> list[psutil.Process]:
 @pytest.fixture(autouse=True)
 def _no_process_stays() -> Iterator[None]:
     yield
-    _, alive = psutil.wait_procs(rank_processes(), timeout=5)
+    _, alive = psutil.wait_procs(rank_processes(), timeout=PROMPTLY_S)
     assert alive == []
 
 
@@ -94,7 +95,7 @@ def test_a_killed_rank_ends_everything_promptly(tiny: Path) -> None:
         timer.start()
         with pytest.raises(UnavailableError, match=r"rank 1 \(exit code -9\) is gone"):
             llm.generate([[5, 6, 7]] * 400, SamplingParams(max_tokens=100, ignore_eos=True))
-        assert time.monotonic() - killed_at[0] < 1.0
+        assert time.monotonic() - killed_at[0] < PROMPTLY_S
         with pytest.raises(UnavailableError):
             llm.generate([[5, 6, 7]])
         llm.group.engine.check_integrity()
@@ -102,7 +103,8 @@ def test_a_killed_rank_ends_everything_promptly(tiny: Path) -> None:
 
 
 def test_a_rank_that_hangs_is_given_up(tiny: Path) -> None:
-    group = ModelGroup.start(group_config(tiny, tp=2, step_timeout_s=1.0))
+    group = ModelGroup.start(group_config(tiny, tp=2))
+    group.executor._timeout_s = 1.0  # a busy machine may need longer to start
     (process,) = rank_processes()
     try:
         process.suspend()
@@ -222,7 +224,7 @@ def test_a_rank_that_dies_before_it_calls_in(tiny: Path) -> None:
     start = time.monotonic()
     with pytest.raises(UnavailableError, match="rank 1 ended with exit code -9"):
         ModelGroup.start(group_config(tiny, tp=2), DyingLauncher())
-    assert time.monotonic() - start < 5.0
+    assert time.monotonic() - start < PROMPTLY_S
 
 
 def test_a_bug_in_a_call_is_an_answer_too(tiny: Path) -> None:
@@ -231,8 +233,8 @@ def test_a_bug_in_a_call_is_an_answer_too(tiny: Path) -> None:
     try:
         group.kv_receiver.close = None  # type: ignore[assignment, method-assign]  # calling it is a TypeError
         with pytest.raises(InternalError, match="TypeError"):
-            group.executor.close_reservation("x").result(5)
-        group.executor.cancel_handoff("x").result(5)
+            group.executor.close_reservation("x").result(PROMPTLY_S)
+        group.executor.cancel_handoff("x").result(PROMPTLY_S)
     finally:
         group.close()
 
@@ -241,8 +243,8 @@ def test_calls_about_kv_are_refused_by_a_group_without_transfers(tiny: Path) -> 
     group = ModelGroup.start(group_config(tiny))
     try:
         with pytest.raises(InternalError, match="not started to transfer"):
-            group.executor.close_reservation("x").result(5)
+            group.executor.close_reservation("x").result(PROMPTLY_S)
     finally:
         group.close()
     with pytest.raises(UnavailableError, match="closed"):
-        group.executor.close_reservation("x").result(5)
+        group.executor.close_reservation("x").result(PROMPTLY_S)

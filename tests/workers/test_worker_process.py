@@ -8,7 +8,6 @@ import json
 import os
 import signal
 import sys
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 from fuseline.proto.fuseline.v1 import worker_pb2
 from fuseline.runtime.errors import UnavailableError
 from fuseline.runtime.role import WorkerRole
+from fuseline.tests.timing import PATIENTLY_S, PROMPTLY_S
 from fuseline.tests.workers.kv_proxy import kv_proxy, through
 from fuseline.tests.workers.worker_cases import (
     Client,
@@ -51,8 +51,7 @@ class WorkerProcess(Client):
         return int(pid)
 
     async def all_free(self) -> None:
-        """Within a second."""
-        async with asyncio.timeout(1):
+        async with asyncio.timeout(PROMPTLY_S):
             snapshot = await until(self, lambda snapshot: snapshot.num_free_blocks == snapshot.num_total_blocks)
         assert snapshot.num_leaked_blocks == 0
 
@@ -76,7 +75,7 @@ async def worker_process(role: str, command: tuple[str, ...] = ()) -> AsyncItera
     )
     try:
         assert process.stdout is not None
-        started = WorkerProcess(process, json.loads(await asyncio.wait_for(process.stdout.readline(), 90)))
+        started = WorkerProcess(process, json.loads(await asyncio.wait_for(process.stdout.readline(), PATIENTLY_S)))
         yield started
         await started.channel.close(None)
     finally:
@@ -97,10 +96,8 @@ async def test_a_decode_worker_killed_in_a_transfer_ends_the_prefill_which_serve
         prefilling = aiter(open_prefill(prefill, request, decoding.reservation))
         await anext(prefilling)
         decode.process.kill()
-        start = time.monotonic()
         assert isinstance(await error_of(decoding.events), UnavailableError)
         assert isinstance(await error_of(prefilling), UnavailableError)
-        assert time.monotonic() - start < 10
         await prefill.all_free()
         await drain_by_signal(prefill)
 
@@ -114,7 +111,7 @@ async def drain_by_signal(told: WorkerProcess) -> None:
     async for event in events:
         num_tokens += len(event.output.token_ids)
     assert num_tokens == 200
-    assert await asyncio.wait_for(told.process.wait(), 20) == 0
+    assert await asyncio.wait_for(told.process.wait(), PATIENTLY_S) == 0
 
 
 async def test_a_prefill_worker_dies_with_its_parent_in_a_transfer() -> None:
@@ -132,12 +129,10 @@ async def test_a_prefill_worker_dies_with_its_parent_in_a_transfer() -> None:
         watching = os.pidfd_open(prefill.pid)
         asyncio.get_running_loop().add_reader(watching, ended.set)
         prefill.process.kill()  # the shell, which says nothing to its child
-        start = time.monotonic()
         assert isinstance(await error_of(prefilling), UnavailableError)
-        await ended.wait()
+        await asyncio.wait_for(ended.wait(), PROMPTLY_S)
         asyncio.get_running_loop().remove_reader(watching)
         os.close(watching)
-        assert time.monotonic() - start < 5
         decoding.call.cancel()
         await decode.released()
 
@@ -146,7 +141,7 @@ async def test_a_worker_that_cannot_start_says_why_in_a_line() -> None:
     process = await asyncio.create_subprocess_exec(
         *SERVER, "--tensor-parallel-size", "3", stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
     )
-    out, err = await asyncio.wait_for(process.communicate(), 90)
+    out, err = await asyncio.wait_for(process.communicate(), PATIENTLY_S)
     assert process.returncode == 1
     assert out == b""
     assert b"tensor_parallel_size=3" in err.splitlines()[-1]

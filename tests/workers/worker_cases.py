@@ -24,6 +24,7 @@ from fuseline.runtime.request import FinishReason, Request, SequenceOutput
 from fuseline.runtime.role import WorkerRole
 from fuseline.runtime.sampling_params import SamplingParams
 from fuseline.runtime.sharding import ParallelConfig
+from fuseline.tests.timing import PROMPTLY_S
 from fuseline.workers import wire
 from fuseline.workers.group import GroupConfig, ModelGroup
 from fuseline.workers.grpc_errors import error_from_rpc
@@ -31,7 +32,6 @@ from fuseline.workers.grpc_options import CHANNEL_OPTIONS
 from fuseline.workers.server import WorkerServer
 
 VOCAB_SIZE = 4096
-RELEASE_TIMEOUT_S = 1.0  # everything that a request held is free this soon after its end
 _names = itertools.count()
 
 
@@ -83,7 +83,7 @@ class Worker(Client):
         finally:
             self.engine.watchers.discard(changed)
 
-    async def released(self, within_s: float = RELEASE_TIMEOUT_S) -> None:
+    async def released(self, within_s: float = PROMPTLY_S) -> None:
         """Nothing is held, in the engine's books and the ranks', within so long."""
         start = time.monotonic()
         while True:
@@ -228,7 +228,7 @@ async def disaggregate(prefill: Client, decode: Client, request: Request) -> Gen
     return generated
 
 
-async def error_of(events: AsyncIterable[Any], within_s: float = 30) -> FuselineError:
+async def error_of(events: AsyncIterable[Any], within_s: float = PROMPTLY_S) -> FuselineError:
     """The typed error with which a stream ends, after whatever came before."""
     try:
         async with asyncio.timeout(within_s):
