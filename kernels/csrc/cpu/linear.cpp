@@ -56,39 +56,90 @@ inline __attribute__((always_inline)) void multiply(const T* const (&w)[Rows], i
             const f32v input = load(x + (vector * Cols + col) * kLanes);
 #pragma GCC unroll 16
             for (int row = 0; row < Rows; ++row)
-                sums[row][col] = fma(widened[row], input, sums[row][col]);
+                accumulate(sums[row][col], widened[row], input);
         }
     }
 }
 
-// One block: y[0..Cols)[0..Rows) = x W^T + bias.
+// What the blocks of a piece of work have in common: columns [begin, end) of W, of which those before have been parked
+// and those behind are still to come.
+template <class T>
+struct Piece {
+    const LinearWeight& weight;
+    int64_t begin; // a multiple of a step
+    int64_t end;   // likewise, or cols
+    float* y;      // of the panel's first row
+    int64_t y_stride;
+    float* parked; // accumulators of the panel, Cols vectors for each of the rows from first_row on
+    int64_t first_row;
+
+    const T* at(int64_t row) const { return static_cast<const T*>(weight.data) + row * weight.row_stride; }
+};
+
+// Rows [row, row + Rows) of W times the Cols rows of a panel; x points to the panel's vectors from piece.begin on.
 template <class T, int Rows, int Cols>
-void block(const T* weight, int64_t row_stride, int64_t cols, const float* bias, const float* x, float* y,
-           int64_t y_stride) {
+void block(const Piece<T>& piece, int64_t row, const float* x) {
     constexpr int64_t step = Step<T>::kElements;
     const T* w[Rows];
 #pragma GCC unroll 16
-    for (int row = 0; row < Rows; ++row)
-        w[row] = weight + row * row_stride;
+    for (int i = 0; i < Rows; ++i)
+        w[i] = piece.at(row + i) + piece.begin;
     f32v sums[Rows][Cols] = {};
-    const int64_t whole = cols / step * step;
-    for (int64_t at = 0; at < whole; at += step)
+    float* parked = piece.parked + (row - piece.first_row) * Cols * kLanes;
+    if (piece.begin > 0) {
+#pragma GCC unroll 32
+        for (int i = 0; i < Rows * Cols; ++i)
+            sums[i / Cols][i % Cols] = load(parked + i * kLanes);
+    }
+
+    const int64_t size = piece.end - piece.begin, whole = size / step * step;
+    const int64_t ahead = Rows * piece.weight.row_stride;
+    // A cache line of each row at a time, while the same line of the next block's rows is fetched: the rows are too
+    // short for the hardware to get ahead of.
+    constexpr int kStepsPerLine = std::max<int>(1, 64 / (step * sizeof(T)));
+    int64_t at = 0;
+    for (; at + step * kStepsPerLine <= whole; at += step * kStepsPerLine) {
+#pragma GCC unroll 8
+        for (int part = 0; part < kStepsPerLine; ++part) {
+#pragma GCC unroll 16
+            for (int i = part; i < Rows; i += kStepsPerLine)
+                __builtin_prefetch(w[i] + ahead + at);
+            multiply<T, Rows, Cols>(w, at + part * step, x + (at + part * step) * Cols, sums);
+        }
+    }
+    for (; at < whole; at += step)
         multiply<T, Rows, Cols>(w, at, x + at * Cols, sums);
-    if (whole < cols) { // the rows' ends, copied: what lies beyond them is not ours to read
+    if (whole < size) { // the rows' ends, copied: what lies beyond them is not ours to read
         T tail[Rows][step] = {};
         const T* tails[Rows];
-        for (int row = 0; row < Rows; ++row) {
-            std::memcpy(tail[row], w[row] + whole, (cols - whole) * sizeof(T));
-            tails[row] = tail[row];
+        for (int i = 0; i < Rows; ++i) {
+            std::memcpy(tail[i], w[i] + whole, (size - whole) * sizeof(T));
+            tails[i] = tail[i];
         }
         multiply<T, Rows, Cols>(tails, 0, x + whole * Cols, sums);
     }
+    if (piece.end < piece.weight.cols) {
+#pragma GCC unroll 32
+        for (int i = 0; i < Rows * Cols; ++i)
+            store(parked + i * kLanes, sums[i / Cols][i % Cols]);
+        return;
+    }
+
+    constexpr int kSums = Rows * Cols;
+    alignas(16) float totals[(kSums + 3) / 4 * 4];
 #pragma GCC unroll 16
-    for (int row = 0; row < Rows; ++row) {
-#pragma GCC unroll 16
-        for (int col = 0; col < Cols; ++col) {
-            y[col * y_stride + row] = hsum(sums[row][col]) + (bias == nullptr ? 0.0f : bias[row]);
-        }
+    for (int first = 0; first < kSums; first += 4) { // in the order of y: row by row of x
+        const auto sum = [&](int index) {
+            return index < kSums ? sums[index % Rows][std::min(index / Rows, Cols - 1)] : f32v{};
+        };
+        const f32x4 four = hsum(sum(first), sum(first + 1), sum(first + 2), sum(first + 3));
+        std::memcpy(totals + first, &four, sizeof four);
+    }
+    const float* bias = piece.weight.bias;
+    for (int col = 0; col < Cols; ++col) {
+        float* y = piece.y + col * piece.y_stride + row;
+        for (int i = 0; i < Rows; ++i)
+            y[i] = totals[col * Rows + i] + (bias == nullptr ? 0.0f : bias[row + i]);
     }
 }
 
@@ -100,46 +151,57 @@ constexpr int block_rows(int panel_rows) {
 constexpr int64_t kGrain = 24; // a multiple of all of them
 
 template <class T, int Cols>
-void panel_times_rows(const LinearWeight& weight, Range rows, const float* x, float* y, int64_t y_stride) {
+void panel_times_rows(const Piece<T>& piece, Range rows, const float* panel) {
     constexpr int kRows = block_rows(Cols);
-    const T* data = static_cast<const T*>(weight.data);
+    const float* x = panel + piece.begin * Cols;
     int64_t row = rows.begin;
-    for (; row + kRows <= rows.end; row += kRows) {
-        block<T, kRows, Cols>(data + row * weight.row_stride, weight.row_stride, weight.cols,
-                              weight.bias == nullptr ? nullptr : weight.bias + row, x, y + row, y_stride);
-    }
-    for (; row < rows.end; ++row) {
-        block<T, 1, Cols>(data + row * weight.row_stride, weight.row_stride, weight.cols,
-                          weight.bias == nullptr ? nullptr : weight.bias + row, x, y + row, y_stride);
+    for (; row + kRows <= rows.end; row += kRows)
+        block<T, kRows, Cols>(piece, row, x);
+    for (; row < rows.end; ++row)
+        block<T, 1, Cols>(piece, row, x);
+}
+
+// Cache blocking for more than one panel: kRowBlock rows of W by kColBlock columns go past kPanelBlock rows of x, so
+// that a panel's piece stays in the first-level cache, and W's and the parked accumulators in the second.
+constexpr int64_t kRowBlock = 48, kPanelBlock = 32, kColBlock = 512;
+static_assert(kRowBlock % kGrain == 0 && kPanelBlock % kPanel == 0 && kColBlock % Step<bf16>::kElements == 0);
+
+template <class T>
+void panels_times_rows(const LinearWeight& weight, Range cols, Range rows, Range panels, int64_t m, const float* packed,
+                       float* y, int64_t y_stride, float* parked) {
+    const int64_t padded = packed_cols<T>(weight.cols);
+    for (int64_t first = panels.begin; first < panels.end; first += kPanel) {
+        const Piece<T> piece{weight, cols.begin, cols.end, y + first * y_stride, y_stride, parked, rows.begin};
+        const float* panel = packed + first * padded;
+        switch (m - first) {
+        case 1:
+            panel_times_rows<T, 1>(piece, rows, panel);
+            break;
+        case 2:
+            panel_times_rows<T, 2>(piece, rows, panel);
+            break;
+        case 3:
+            panel_times_rows<T, 3>(piece, rows, panel);
+            break;
+        default:
+            panel_times_rows<T, kPanel>(piece, rows, panel);
+        }
+        parked += rows.size() * kPanel * kLanes;
     }
 }
 
-// Bytes of W that stay in the second-level cache while all panels pass by.
-constexpr int64_t kWeightBlockBytes = 192 * 1024;
-
 template <class T>
 void linear_rows(const LinearWeight& weight, Range rows, const float* packed, int64_t m, float* y, int64_t y_stride) {
-    const int64_t padded = packed_cols<T>(weight.cols);
-    const int64_t fit = kWeightBlockBytes / int64_t(padded * sizeof(T)) / kGrain * kGrain;
-    const int64_t block_size = m <= kPanel ? rows.size() : std::max(kGrain, fit);
-    for (int64_t begin = rows.begin; begin < rows.end; begin += block_size) {
-        const Range part{begin, std::min(begin + block_size, rows.end)};
-        for (int64_t first = 0; first < m; first += kPanel) {
-            const float* x = packed + first * padded;
-            float* out = y + first * y_stride;
-            switch (m - first) {
-            case 1:
-                panel_times_rows<T, 1>(weight, part, x, out, y_stride);
-                break;
-            case 2:
-                panel_times_rows<T, 2>(weight, part, x, out, y_stride);
-                break;
-            case 3:
-                panel_times_rows<T, 3>(weight, part, x, out, y_stride);
-                break;
-            default:
-                panel_times_rows<T, kPanel>(weight, part, x, out, y_stride);
-                break;
+    alignas(64) float parked[kRowBlock * kPanelBlock * kLanes];
+    if (m <= kPanel) // W is read once, at the speed of memory: straight through
+        return panels_times_rows<T>(weight, {0, weight.cols}, rows, {0, m}, m, packed, y, y_stride, parked);
+    for (int64_t row = rows.begin; row < rows.end; row += kRowBlock) {
+        const Range some_rows{row, std::min(row + kRowBlock, rows.end)};
+        for (int64_t panel = 0; panel < m; panel += kPanelBlock) {
+            const Range panels{panel, std::min(panel + kPanelBlock, m)};
+            for (int64_t col = 0; col < weight.cols; col += kColBlock) {
+                const Range cols{col, std::min(col + kColBlock, weight.cols)};
+                panels_times_rows<T>(weight, cols, some_rows, panels, m, packed, y, y_stride, parked);
             }
         }
     }
