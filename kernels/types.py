@@ -14,8 +14,11 @@ import torch
 from numpy.typing import NDArray
 
 from .errors import KernelArgumentError
+from .quantized import QuantizedWeight
 
 Tensor = torch.Tensor
+Weight = Tensor | QuantizedWeight
+"""A linear layer's matrix [out, in]."""
 FLOAT_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 
@@ -97,8 +100,8 @@ class AttentionWeights:
     """
 
     norm: Tensor
-    qkv: Tensor
-    out: Tensor
+    qkv: Weight
+    out: Weight
     qkv_bias: Tensor | None = None
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
@@ -123,7 +126,7 @@ class AttentionWeights:
             "out": (hidden, spec.num_heads * spec.head_dim),
             "out_bias": (hidden,),
         }
-        _check_weights(self, expected, self.qkv)
+        _check_weights(self, expected, self.norm)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -139,8 +142,8 @@ class MlpWeights:
     """
 
     norm: Tensor
-    gate_up: Tensor
-    down: Tensor
+    gate_up: Weight
+    down: Weight
     gate_up_bias: Tensor | None = None
     down_bias: Tensor | None = None
 
@@ -158,17 +161,28 @@ class MlpWeights:
             "gate_up_bias": (2 * inner,),
             "down_bias": (hidden,),
         }
-        _check_weights(self, expected, self.gate_up)
+        _check_weights(self, expected, self.norm)
+
+
+def float_weight(weight: Weight) -> Tensor:
+    """A weight that is not quantised, for kernels that take no others.
+
+    Raises:
+        KernelArgumentError: it is quantised.
+    """
+    if isinstance(weight, QuantizedWeight):
+        raise KernelArgumentError(f"expected a float weight, got one of int{weight.bits}")
+    return weight
 
 
 def _check_weights(weights: object, expected: dict[str, tuple[int, ...]], like: Tensor) -> None:
     for name, shape in expected.items():
-        tensor: Tensor | None = getattr(weights, name)
+        tensor: Weight | None = getattr(weights, name)
         if tensor is None:
             continue
         if tuple(tensor.shape) != shape:
             raise KernelArgumentError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
-        if tensor.dtype != like.dtype or tensor.dtype not in FLOAT_DTYPES:
+        if isinstance(tensor, Tensor) and (tensor.dtype != like.dtype or tensor.dtype not in FLOAT_DTYPES):
             raise KernelArgumentError(f"{name} is {tensor.dtype}, expected {like.dtype}, one of the float types")
         if tensor.device != like.device:
             raise KernelArgumentError(f"{name} is on {tensor.device}, expected {like.device}")

@@ -5,6 +5,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from ..quantized import QuantizedWeight
+from ..types import Weight
+from . import quantized
+
 Tensor = torch.Tensor
 
 
@@ -35,8 +39,10 @@ def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) ->
     return x, rms_norm(x, weight, eps)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """See ``ops.linear``."""
+    if isinstance(weight, QuantizedWeight):
+        return quantized.linear(x, weight, bias).to(x.dtype)
     return F.linear(x, weight, bias)
 
 

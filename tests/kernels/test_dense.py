@@ -81,14 +81,15 @@ def test_linear_and_activation_and_gather(dtype: torch.dtype) -> None:
 
 
 def test_blocks_keep_the_residual_apart() -> None:
-    weights = MlpWeights(norm=randn(8), gate_up=randn(24, 8, seed=1), down=randn(8, 12, seed=2))
+    gate_up, down = randn(24, 8, seed=1), randn(8, 12, seed=2)
+    weights = MlpWeights(norm=randn(8), gate_up=gate_up, down=down)
     residual, delta = randn(3, 8, seed=3), randn(3, 8, seed=4)
     total, out = ops.mlp_block(residual, delta, weights, 1e-5)
     assert torch.equal(total, residual + delta)
     again = ops.mlp_block(residual + delta, None, weights, 1e-5)[1]
     assert torch.equal(out, again)
-    gate, up = (ops.rms_norm(total, weights.norm, 1e-5).double() @ weights.gate_up.double().T).chunk(2, -1)
-    assert (out - gate * gate.sigmoid() * up @ weights.down.double().T).abs().max() < 1e-4
+    gate, up = (ops.rms_norm(total, weights.norm, 1e-5).double() @ gate_up.double().T).chunk(2, -1)
+    assert (out - gate * gate.sigmoid() * up @ down.double().T).abs().max() < 1e-4
     indices = torch.tensor([2, 0])
     logits = ops.head(residual, delta, weights.norm, randn(5, 8, seed=5), indices, 1e-5)
     exact = ops.rms_norm(total, weights.norm, 1e-5)[indices].double() @ randn(5, 8, seed=5).double().T
@@ -97,12 +98,13 @@ def test_blocks_keep_the_residual_apart() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_residual_stream_is_float32_whatever_the_weights(dtype: torch.dtype) -> None:
-    weights = MlpWeights(randn(8, dtype=dtype), randn(24, 8, seed=1, dtype=dtype), randn(8, 12, seed=2, dtype=dtype))
+    down = randn(8, 12, seed=2, dtype=dtype)
+    weights = MlpWeights(randn(8, dtype=dtype), randn(24, 8, seed=1, dtype=dtype), down)
     residual = 1 + randn(3, 8, seed=3) * 1e-4  # what the weights' dtype would round away
     for delta in (None, randn(3, 8, seed=4, dtype=dtype), randn(3, 8, seed=4)):
         total, _ = ops.mlp_block(residual, delta, weights, 1e-5)
         assert torch.equal(total, residual if delta is None else residual + delta)
-    logits = ops.head(residual, None, weights.norm, weights.down.T.contiguous(), torch.tensor([1]), 1e-5)
+    logits = ops.head(residual, None, weights.norm, down.T.contiguous(), torch.tensor([1]), 1e-5)
     assert logits.dtype == torch.float32
 
 

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fuseline.collectives.communicator import GroupCommunicators, SoloCommunicator
+from fuseline.kernels.types import float_weight
 from fuseline.runtime.config import CacheConfig, EngineConfig
 from fuseline.runtime.errors import InvalidArgumentError, ModelFormatError, NotFoundError
 from fuseline.runtime.sharding import ParallelConfig
@@ -144,7 +145,7 @@ def test_weights_are_converted_to_the_dtype_they_run_in(stored: str, run: str, t
     state = model.state_dict()
     assert loaded.weights.head is not None
     assert torch.equal(loaded.weights.head, state["lm_head.weight"].to(getattr(torch, run)))
-    down = loaded.weights.layers[2].mlp.down
+    down = float_weight(loaded.weights.layers[2].mlp.down)
     assert torch.equal(down, state["model.layers.2.mlp.down_proj.weight"].to(getattr(torch, run)))
 
 
