@@ -63,11 +63,6 @@ FL_PTX void mbarrier_arrive_expect_tx(uint32_t shared, uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared), "r"(bytes) : "memory");
 }
 
-// Arrives at a peer's barrier without ordering memory: only for signals that guard reads already done.
-FL_PTX void mbarrier_arrive_remote_relaxed(uint32_t remote) {
-    asm volatile("mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];" ::"r"(remote) : "memory");
-}
-
 FL_PTX bool mbarrier_try_wait(uint32_t shared, uint32_t parity) {
     uint32_t done;
     asm volatile("{\n.reg .pred p;\n"
@@ -158,6 +153,11 @@ FL_PTX void fence_proxy_async() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// The same for stores to global memory, and once more after acquiring them, before bulk_load reads them.
+FL_PTX void fence_proxy_async_global() {
+    asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+
 // Compiles to a GPU-scope fence: only at a kernel's start or end.
 FL_PTX void cluster_arrive() {
     asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
@@ -214,6 +214,12 @@ FL_PTX uint32_t fetch_add_acq_rel(uint32_t* global, uint32_t value) {
 // Until the counter has come to `value`; counters only grow and may wrap around.
 FL_PTX void wait_at_least(const uint32_t* global, uint32_t value) {
     while (static_cast<int32_t>(load_acquire(global) - value) < 0) {
+    }
+}
+
+// Until bit 31 of the counter differs from that of `before`.
+FL_PTX void wait_top_bit_change(const uint32_t* global, uint32_t before) {
+    while (((load_acquire(global) ^ before) & 0x80000000u) == 0) {
     }
 }
 
