@@ -80,7 +80,7 @@ class Emulation:
         self._kept: list[Array] = []
 
     def buffer(self, name: str, array: Array, *, writable: bool = False, written: bool = True) -> int:
-        """Let kernels use an array; its address. Reading what is not ``written`` is an error until a kernel wrote it."""
+        """Let kernels use an array; its address. Reading what is not ``written`` is an error until a kernel does."""
         self._kept.append(array)
         address: int = array.ctypes.data
         self._emulator.fl_emu_buffer(name.encode(), address, array.nbytes, writable, written)
@@ -136,4 +136,5 @@ def to_bf16(values: Array) -> Array:
 
 def from_bf16(bits: Array) -> Array:
     """As float32."""
-    return (bits.astype(np.uint32) << 16).view(np.float32)
+    values: Array = (bits.astype(np.uint32) << 16).view(np.float32)
+    return values
