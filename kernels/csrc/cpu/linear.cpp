@@ -5,10 +5,13 @@
 // products and each of x serves Rows. Blocks of different shapes do the same operations per element, so the result
 // does not depend on which block an element falls into.
 //
-// Packed x: panels of kPanel rows (the last may have fewer), each [vectors along cols][rows of the panel][kLanes], zero
-// beyond cols. For bf16 weights each pair of vectors holds the even, then the odd elements of 2 * kLanes: a vector of
-// bf16 read as 32-bit integers is widened by a shift and a mask, without a shuffle.
+// Packed x: blocks of kColBlock columns, in each the panels of kPanel rows (the last may have fewer), in each panel
+// [vectors along cols][rows of the panel][kLanes], zero beyond cols. For bf16 weights each pair of vectors holds the
+// even, then the odd elements of 2 * kLanes: a vector of bf16 read as 32-bit integers is widened by a shift and a mask,
+// without a shuffle.
 #include "linear.h"
+
+#include <cstdlib>
 
 #include "isa.h"
 
@@ -17,6 +20,29 @@ namespace fuseline {
 namespace {
 
 constexpr int kPanel = 4;
+constexpr int64_t kColBlock = 512;
+
+// Memory that a thread keeps from call to call.
+class Scratch {
+  public:
+    ~Scratch() { std::free(memory_); }
+
+    // At least so many bytes, 64-byte aligned, of any content.
+    char* get(int64_t bytes) {
+        if (bytes > size_) {
+            std::free(memory_);
+            size_ = (bytes + 63) / 64 * 64;
+            memory_ = static_cast<char*>(std::aligned_alloc(64, size_));
+            if (memory_ == nullptr)
+                std::abort(); // some hundred KB: nothing would go on without them
+        }
+        return memory_;
+    }
+
+  private:
+    char* memory_ = nullptr;
+    int64_t size_ = 0;
+};
 
 // Elements of W that one step of the micro-kernel takes along cols, and how they become vectors.
 template <class T>
@@ -61,39 +87,37 @@ inline __attribute__((always_inline)) void multiply(const T* const (&w)[Rows], i
     }
 }
 
-// What the blocks of a piece of work have in common: columns [begin, end) of W, of which those before have been parked
-// and those behind are still to come.
+// What the blocks of a piece of work have in common: some rows and columns of W, and a panel of x.
 template <class T>
 struct Piece {
-    const LinearWeight& weight;
-    int64_t begin; // a multiple of a step
-    int64_t end;   // likewise, or cols
-    float* y;      // of the panel's first row
+    const T* w; // the first row, first column
+    int64_t row_stride;
+    int64_t cols;      // a multiple of a step, unless they are the last
+    bool first, last;  // whether no columns lie before or behind; sums of those before have been parked
+    float* parked;     // accumulators of the panel, Cols vectors a row
+    const float* bias; // of the first row, or null
+    float* y;          // of the first row of W and of the panel
     int64_t y_stride;
-    float* parked; // accumulators of the panel, Cols vectors for each of the rows from first_row on
-    int64_t first_row;
-
-    const T* at(int64_t row) const { return static_cast<const T*>(weight.data) + row * weight.row_stride; }
 };
 
-// Rows [row, row + Rows) of W times the Cols rows of a panel; x points to the panel's vectors from piece.begin on.
+// Rows [row, row + Rows) times the Cols rows of a panel; x points to the panel's vectors of these columns.
 template <class T, int Rows, int Cols>
 void block(const Piece<T>& piece, int64_t row, const float* x) {
     constexpr int64_t step = Step<T>::kElements;
     const T* w[Rows];
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i)
-        w[i] = piece.at(row + i) + piece.begin;
+        w[i] = piece.w + (row + i) * piece.row_stride;
     f32v sums[Rows][Cols] = {};
-    float* parked = piece.parked + (row - piece.first_row) * Cols * kLanes;
-    if (piece.begin > 0) {
+    float* parked = piece.parked + row * Cols * kLanes;
+    if (!piece.first) {
 #pragma GCC unroll 32
         for (int i = 0; i < Rows * Cols; ++i)
             sums[i / Cols][i % Cols] = load(parked + i * kLanes);
     }
 
-    const int64_t size = piece.end - piece.begin, whole = size / step * step;
-    const int64_t ahead = Rows * piece.weight.row_stride;
+    const int64_t size = piece.cols, whole = size / step * step;
+    const int64_t ahead = Rows * piece.row_stride;
     // A cache line of each row at a time, while the same line of the next block's rows is fetched: the rows are too
     // short for the hardware to get ahead of.
     constexpr int kStepsPerLine = std::max<int>(1, 64 / (step * sizeof(T)));
@@ -118,7 +142,7 @@ void block(const Piece<T>& piece, int64_t row, const float* x) {
         }
         multiply<T, Rows, Cols>(tails, 0, x + whole * Cols, sums);
     }
-    if (piece.end < piece.weight.cols) {
+    if (!piece.last) {
 #pragma GCC unroll 32
         for (int i = 0; i < Rows * Cols; ++i)
             store(parked + i * kLanes, sums[i / Cols][i % Cols]);
@@ -135,11 +159,10 @@ void block(const Piece<T>& piece, int64_t row, const float* x) {
         const f32x4 four = hsum(sum(first), sum(first + 1), sum(first + 2), sum(first + 3));
         std::memcpy(totals + first, &four, sizeof four);
     }
-    const float* bias = piece.weight.bias;
     for (int col = 0; col < Cols; ++col) {
         float* y = piece.y + col * piece.y_stride + row;
         for (int i = 0; i < Rows; ++i)
-            y[i] = totals[col * Rows + i] + (bias == nullptr ? 0.0f : bias[row + i]);
+            y[i] = totals[col * Rows + i] + (piece.bias == nullptr ? 0.0f : piece.bias[row + i]);
     }
 }
 
@@ -151,78 +174,121 @@ constexpr int block_rows(int panel_rows) {
 constexpr int64_t kGrain = 24; // a multiple of all of them
 
 template <class T, int Cols>
-void panel_times_rows(const Piece<T>& piece, Range rows, const float* panel) {
+void multiply_panel(const Piece<T>& piece, int64_t rows, const float* x) {
     constexpr int kRows = block_rows(Cols);
-    const float* x = panel + piece.begin * Cols;
-    int64_t row = rows.begin;
-    for (; row + kRows <= rows.end; row += kRows)
+    int64_t row = 0;
+    for (; row + kRows <= rows; row += kRows)
         block<T, kRows, Cols>(piece, row, x);
-    for (; row < rows.end; ++row)
+    for (; row < rows; ++row)
         block<T, 1, Cols>(piece, row, x);
 }
 
-// Cache blocking for more than one panel: kRowBlock rows of W by kColBlock columns go past kPanelBlock rows of x, so
-// that a panel's piece stays in the first-level cache, and W's and the parked accumulators in the second.
-constexpr int64_t kRowBlock = 48, kPanelBlock = 32, kColBlock = 512;
-static_assert(kRowBlock % kGrain == 0 && kPanelBlock % kPanel == 0 && kColBlock % Step<bf16>::kElements == 0);
-
+// The piece's rows times a panel of so many rows.
 template <class T>
-void panels_times_rows(const LinearWeight& weight, Range cols, Range rows, Range panels, int64_t m, const float* packed,
-                       float* y, int64_t y_stride, float* parked) {
-    const int64_t padded = packed_cols<T>(weight.cols);
-    for (int64_t first = panels.begin; first < panels.end; first += kPanel) {
-        const Piece<T> piece{weight, cols.begin, cols.end, y + first * y_stride, y_stride, parked, rows.begin};
-        const float* panel = packed + first * padded;
-        switch (m - first) {
-        case 1:
-            panel_times_rows<T, 1>(piece, rows, panel);
-            break;
-        case 2:
-            panel_times_rows<T, 2>(piece, rows, panel);
-            break;
-        case 3:
-            panel_times_rows<T, 3>(piece, rows, panel);
-            break;
-        default:
-            panel_times_rows<T, kPanel>(piece, rows, panel);
-        }
-        parked += rows.size() * kPanel * kLanes;
+void multiply_panel(const Piece<T>& piece, int64_t rows, const float* x, int64_t panel_rows) {
+    switch (panel_rows) {
+    case 1:
+        return multiply_panel<T, 1>(piece, rows, x);
+    case 2:
+        return multiply_panel<T, 2>(piece, rows, x);
+    case 3:
+        return multiply_panel<T, 3>(piece, rows, x);
+    default:
+        return multiply_panel<T, kPanel>(piece, rows, x);
     }
 }
 
+// Rows and columns of a weight, copied one close after the other; zeros fill up the last step of columns.
 template <class T>
-void linear_rows(const LinearWeight& weight, Range rows, const float* packed, int64_t m, float* y, int64_t y_stride) {
-    alignas(64) float parked[kRowBlock * kPanelBlock * kLanes];
-    if (m <= kPanel) // W is read once, at the speed of memory: straight through
-        return panels_times_rows<T>(weight, {0, weight.cols}, rows, {0, m}, m, packed, y, y_stride, parked);
+void copy_rows(const LinearWeight& weight, Range rows, Range cols, T* to, int64_t to_stride) {
+    const int64_t padded = packed_cols<T>(cols.size());
+    for (int64_t row = rows.begin; row < rows.end; ++row, to += to_stride) {
+        const T* from = static_cast<const T*>(weight.data) + row * weight.row_stride + cols.begin;
+        std::memcpy(to, from, cols.size() * sizeof(T));
+        std::memset(to + cols.size(), 0, (padded - cols.size()) * sizeof(T));
+    }
+}
+
+// Rows of a weight times many panels, in blocks for the caches: kRowBlock rows by kColBlock columns of W stay in the
+// second-level cache, copied where they are used often enough (rows whose distance is a large power of two would evict
+// each other), while kPanelBlock rows of x go past, a panel of which stays in the first.
+constexpr int64_t kRowBlock = 96, kPanelBlock = 256, kCopyFrom = 32;
+static_assert(kRowBlock % kGrain == 0 && kPanelBlock % kPanel == 0 && kColBlock % Step<bf16>::kElements == 0);
+
+template <class T>
+void multiply_blocked(const LinearWeight& weight, Range rows, const float* packed, int64_t m, float* y,
+                      int64_t y_stride) {
+    constexpr int64_t kCopyStride = kColBlock + 64 / sizeof(T);
+    static thread_local Scratch scratch;
+    constexpr int64_t kParkedBytes = kRowBlock * kPanelBlock * kVectorBytes;
+    char* memory = scratch.get(kParkedBytes + kRowBlock * kCopyStride * sizeof(T));
+    float* parked = reinterpret_cast<float*>(memory);
+    T* copy = reinterpret_cast<T*>(memory + kParkedBytes);
+
     for (int64_t row = rows.begin; row < rows.end; row += kRowBlock) {
-        const Range some_rows{row, std::min(row + kRowBlock, rows.end)};
-        for (int64_t panel = 0; panel < m; panel += kPanelBlock) {
-            const Range panels{panel, std::min(panel + kPanelBlock, m)};
+        const int64_t num_rows = std::min(kRowBlock, rows.end - row);
+        for (int64_t group = 0; group < m; group += kPanelBlock) {
+            const int64_t group_end = std::min(group + kPanelBlock, m);
+            const bool copied = group_end - group >= kCopyFrom;
             for (int64_t col = 0; col < weight.cols; col += kColBlock) {
                 const Range cols{col, std::min(col + kColBlock, weight.cols)};
-                panels_times_rows<T>(weight, cols, some_rows, panels, m, packed, y, y_stride, parked);
+                if (copied)
+                    copy_rows<T>(weight, {row, row + num_rows}, cols, copy, kCopyStride);
+                const int64_t padded = packed_cols<T>(cols.size());
+                Piece<T> piece{copied ? copy : static_cast<const T*>(weight.data) + row * weight.row_stride + col,
+                               copied ? kCopyStride : weight.row_stride,
+                               copied ? padded : cols.size(),
+                               cols.begin == 0,
+                               cols.end == weight.cols,
+                               parked,
+                               weight.bias == nullptr ? nullptr : weight.bias + row,
+                               y + group * y_stride + row,
+                               y_stride};
+                for (int64_t panel = group; panel < group_end; panel += kPanel) {
+                    multiply_panel<T>(piece, num_rows, packed + col * m + panel * padded, m - panel);
+                    piece.parked += kRowBlock * kPanel * kLanes;
+                    piece.y += kPanel * y_stride;
+                }
             }
         }
     }
 }
 
 template <class T>
+void linear_rows(const LinearWeight& weight, Range rows, const float* packed, int64_t m, float* y, int64_t y_stride) {
+    if (m > kPanel)
+        return multiply_blocked<T>(weight, rows, packed, m, y, y_stride);
+    // W is read once, at the speed of memory: straight through. The blocks of columns of a single panel follow closely.
+    const Piece<T> piece{static_cast<const T*>(weight.data) + rows.begin * weight.row_stride,
+                         weight.row_stride,
+                         weight.cols,
+                         true,
+                         true,
+                         nullptr,
+                         weight.bias == nullptr ? nullptr : weight.bias + rows.begin,
+                         y + rows.begin,
+                         y_stride};
+    multiply_panel<T>(piece, rows.size(), packed, m);
+}
+
+// Where the vectors of a row of x go.
+template <class T>
 void pack_rows(int64_t cols, const float* x, int64_t x_stride, int64_t m, Range rows, float* packed) {
     constexpr int kVectors = Step<T>::kVectors;
     constexpr int64_t step = Step<T>::kElements;
-    const int64_t padded = packed_cols<T>(cols);
     for (int64_t row = rows.begin; row < rows.end; ++row) {
-        const int64_t first = row / kPanel * kPanel;
-        const int64_t height = std::min<int64_t>(kPanel, m - first);
-        float* to = packed + first * padded + (row - first) * kLanes;
+        const int64_t panel = row / kPanel * kPanel;
+        const int64_t height = std::min<int64_t>(kPanel, m - panel);
         const float* from = x + row * x_stride;
-        for (int64_t at = 0; at < padded; at += step, to += kVectors * height * kLanes) {
-            float piece[step] = {};
-            std::memcpy(piece, from + at, std::min(step, cols - at) * sizeof(float));
-            for (int vector = 0; vector < kVectors; ++vector) {
-                for (int lane = 0; lane < kLanes; ++lane) {
-                    to[vector * height * kLanes + lane] = piece[lane * kVectors + vector];
+        for (int64_t col = 0; col < cols; col += kColBlock) {
+            const int64_t padded = packed_cols<T>(std::min(kColBlock, cols - col));
+            float* to = packed + col * m + panel * padded + (row - panel) * kLanes;
+            for (int64_t at = col; at < col + padded; at += step, to += kVectors * height * kLanes) {
+                float piece[step] = {};
+                std::memcpy(piece, from + at, std::min(step, cols - at) * sizeof(float));
+                for (int vector = 0; vector < kVectors; ++vector) {
+                    for (int lane = 0; lane < kLanes; ++lane)
+                        to[vector * height * kLanes + lane] = piece[lane * kVectors + vector];
                 }
             }
         }

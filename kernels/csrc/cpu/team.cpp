@@ -21,6 +21,8 @@ namespace {
 
 // Longer than the gaps between the pieces of a step, shorter than a scheduler's time slice by far.
 constexpr int64_t kSpinNs = 50'000;
+// Spinning is for idle cores: a yield that takes longer let somebody else run, perhaps the one that is waited for.
+constexpr int64_t kBusyYieldNs = 5'000;
 
 int64_t now_ns() {
     timespec time;
@@ -42,13 +44,17 @@ struct alignas(64) Gate {
     void wait_while(uint32_t old, int64_t spin_ns) {
         if (spin_ns > 0) {
             const int64_t deadline = now_ns() + spin_ns;
+            int64_t before, after;
             do {
-                for (int i = 0; i < 16; ++i) {
+                for (int i = 0; i < 32; ++i) {
                     if (value.load(std::memory_order_acquire) != old)
                         return;
                     relax();
                 }
-            } while (now_ns() < deadline);
+                before = now_ns();
+                sched_yield();
+                after = now_ns();
+            } while (after - before < kBusyYieldNs && after < deadline);
         }
         // Sequentially consistent on both sides: either the opener sees the sleeper, or the sleeper the new value.
         sleepers.fetch_add(1);
@@ -87,7 +93,7 @@ void Worker::barrier() const {
 
 struct Team::State {
     std::mutex turn; // held while a region runs or the team is resized
-    int count = 1;
+    std::atomic<int> count{1};
     std::vector<int> cores; // empty: nobody is pinned
     std::vector<std::thread> threads;
     Region region;
@@ -145,7 +151,7 @@ Team* team = nullptr;
 // The threads of the parent, and perhaps its lock, do not exist in the child; their memory is left alone.
 void forget_team_in_child() {
     auto* state = new Team::State;
-    state->count = team->state_->count;
+    state->count = team->state_->count.load();
     state->cores = team->state_->cores;
     team->state_ = state;
 }
@@ -173,21 +179,21 @@ int Team::size() const {
 
 void Team::run_erased(Erased function, void* context) {
     State& state = *state_;
-    std::lock_guard<std::mutex> lock(state.turn);
-    if (state.count > 1) {
-        if (state.threads.empty())
-            state.start_threads();
-        const uint32_t seen = state.start.value.load();
-        const uint32_t done = state.done.value.load();
-        state.function = function;
-        state.context = context;
-        state.running.store(state.count - 1, std::memory_order_relaxed);
-        state.start.open(seen + 1);
-        function(context, Worker{0, state.count, &state.region});
-        state.done.wait_while(done, state.region.spin_ns);
-    } else {
-        function(context, Worker{0, 1, &state.region});
+    std::unique_lock<std::mutex> lock(state.turn);
+    const int count = state.count;
+    if (count == 1) { // nothing to share, so no turn to keep: callers that exchange data may run side by side
+        lock.unlock();
+        return function(context, Worker{0, 1, &state.region});
     }
+    if (state.threads.empty())
+        state.start_threads();
+    const uint32_t seen = state.start.value.load(), done = state.done.value.load();
+    state.function = function;
+    state.context = context;
+    state.running.store(count - 1, std::memory_order_relaxed);
+    state.start.open(seen + 1);
+    function(context, Worker{0, count, &state.region});
+    state.done.wait_while(done, state.region.spin_ns);
 }
 
 } // namespace fuseline

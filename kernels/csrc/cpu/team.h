@@ -49,8 +49,8 @@ class Team {
 
     int size() const;
 
-    // Runs f(const Worker&) on every worker; returns when all have returned. Calls from several threads take turns; a
-    // region must not start another.
+    // Runs f(const Worker&) on every worker; returns when all have returned. Calls from several threads take turns (or
+    // run side by side in a team of one); a region must not start another.
     template <class F>
     void run(F&& f) {
         using Function = std::remove_reference_t<F>;
