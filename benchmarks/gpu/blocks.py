@@ -1,0 +1,183 @@
+"""Microseconds of each block and of a whole layer, beside the floor that memory sets and beside other kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+
+import torch
+from torch.nn.attention import SDPBackend
+
+from fuseline.kernels import ops
+from fuseline.kernels.types import AttentionSpec
+
+from . import baselines
+from .device import Device, Launch
+from .inputs import Layer, Source, decode_step, rotary
+from .shapes import Shape, attention_bytes, buffer_sets, floor_us, head_bytes, mlp_bytes
+
+Tensor = torch.Tensor
+AttentionLaunch = Callable[[], tuple[Tensor, Tensor]]
+EPS = 1e-6
+BLOCK_SIZE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One block at one shape.
+
+    Attributes:
+        context: tokens, None for blocks that do not depend on it.
+        floor_us: the block's bytes at the measured copy bandwidth.
+        others_us: the same work by other kernels.
+    """
+
+    shape: str
+    block: str
+    batch: int
+    context: int | None
+    us: float
+    spread_us: float
+    floor_us: float
+    others_us: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def over_floor(self) -> float:
+        """1 is as fast as memory allows."""
+        return self.us / self.floor_us
+
+    @property
+    def speedup(self) -> float | None:
+        """Over the fastest of the others."""
+        return min(self.others_us.values()) / self.us if self.others_us else None
+
+    def record(self) -> dict[str, object]:
+        """For the results file."""
+        return {**asdict(self), "over_floor": self.over_floor, "speedup": self.speedup}
+
+
+class Bench:
+    """Measures blocks of one shape; holds weights enough that no two calls in a row find theirs in L2."""
+
+    def __init__(self, shape: Shape, device: Device, bytes_per_s: float, pieces: baselines.Elementwise) -> None:
+        self._shape = shape
+        self._device = device
+        self._bytes_per_s = bytes_per_s
+        self._pipeline = baselines.Pipeline(pieces)
+        source = Source(device.torch, 3)
+        smallest = min(shape.attention_weight_bytes, shape.mlp_weight_bytes)
+        self._layers = [source.layer(shape) for _ in range(buffer_sets(smallest, device.l2_bytes))]
+        self._source = source
+
+    def mlp(self, batch: int) -> Figure:
+        shape = self._shape
+        residual, delta = self._stream(batch), self._stream(batch)
+        coarse, coarse_delta = residual.bfloat16(), delta.bfloat16()
+        ours = [partial(ops.mlp_block, residual, delta, layer.mlp, EPS) for layer in self._layers]
+        theirs = [partial(self._pipeline.mlp_block, coarse, coarse_delta, layer.mlp, EPS) for layer in self._layers]
+        return self._figure("mlp", batch, None, ours, {"torch": theirs}, mlp_bytes(shape, batch))
+
+    def head(self, batch: int) -> Figure:
+        """Logits of every row."""
+        shape = self._shape
+        norm = self._source.normal(shape.hidden, std=0.1, mean=1.0)
+        sets = buffer_sets(head_bytes(shape, batch, logits=False), self._device.l2_bytes)
+        tables = [self._source.normal(shape.vocab, shape.hidden, std=shape.hidden**-0.5) for _ in range(sets)]
+        residual, delta = self._stream(batch), self._stream(batch)
+        coarse, coarse_delta = residual.bfloat16(), delta.bfloat16()
+        rows = torch.arange(batch, device=self._device.torch)
+        ours = [partial(ops.head, residual, delta, norm, table, rows, EPS) for table in tables]
+        theirs = [partial(self._pipeline.head, coarse, coarse_delta, norm, table, EPS) for table in tables]
+        num_bytes = head_bytes(shape, batch, logits=True)
+        return self._figure("head", batch, None, ours, {"torch": theirs}, num_bytes)
+
+    def attention(self, batch: int, context: int) -> Iterator[Figure]:
+        """The attention block alone, then a whole layer: with the MLP block behind it."""
+        shape = self._shape
+        inputs = _AttentionInputs(shape, self._device, self._source, batch, context, len(self._layers))
+        residual, delta = self._stream(batch), self._stream(batch)
+        coarse, coarse_delta = residual.bfloat16(), delta.bfloat16()
+        pairs = [(layer, inputs.caches[i % len(inputs.caches)]) for i, layer in enumerate(self._layers)]
+        ours = [
+            partial(ops.attention_block, residual, delta, layer.attention, layer.spec, inputs.rotary, kv, inputs.plan)
+            for layer, kv in pairs
+        ]
+        theirs: dict[str, list[AttentionLaunch]] = {}
+        for name, attend_over in inputs.others(self._layers[0].spec).items():
+            theirs[name] = [
+                partial(
+                    self._pipeline.attention_block,
+                    coarse,
+                    coarse_delta,
+                    layer.attention,
+                    layer.spec,
+                    inputs.rotary,
+                    inputs.slots,
+                    attend_over(kv),
+                )
+                for layer, kv in pairs
+            ]
+        num_bytes = attention_bytes(shape, batch, context)
+        figure = self._figure("attention", batch, context, ours, theirs, num_bytes)
+        yield figure
+        best = min(figure.others_us, key=figure.others_us.__getitem__)
+        whole = {best: self._whole(theirs[best], self._pipeline.mlp_block)}
+        num_bytes += mlp_bytes(shape, batch)
+        yield self._figure("layer", batch, context, self._whole(ours, ops.mlp_block), whole, num_bytes)
+
+    def _whole(self, attentions: Sequence[AttentionLaunch], mlp: Callable[..., object]) -> list[Launch]:
+        """Each layer's attention block and, on what it returns, its MLP block."""
+
+        def run(attention: AttentionLaunch, layer: Layer) -> object:
+            return mlp(*attention(), layer.mlp, EPS)
+
+        return [partial(run, *pair) for pair in zip(attentions, self._layers, strict=True)]
+
+    def _stream(self, batch: int) -> Tensor:
+        return self._source.stream(batch, self._shape.hidden)
+
+    def _figure(
+        self,
+        block: str,
+        batch: int,
+        context: int | None,
+        ours: Sequence[Launch],
+        theirs: Mapping[str, Sequence[Launch]],
+        num_bytes: int,
+    ) -> Figure:
+        timing = self._device.time(ours)
+        others = {name: self._device.time(launches).us for name, launches in theirs.items()}
+        floor = floor_us(num_bytes, self._bytes_per_s)
+        return Figure(self._shape.name, block, batch, context, timing.us, timing.spread_us, floor, others)
+
+
+class _AttentionInputs:
+    """Caches and metadata of one batch and context, a multiple of the block size."""
+
+    def __init__(
+        self, shape: Shape, device: Device, source: Source, batch: int, context: int, num_layers: int
+    ) -> None:
+        num_blocks = batch * context // BLOCK_SIZE
+        cache = (2, num_blocks, shape.kv_heads, BLOCK_SIZE, shape.head_dim)
+        num_caches = min(num_layers, buffer_sets(batch * context * shape.kv_token_bytes, device.l2_bytes))
+        self.caches = [source.normal(*cache) for _ in range(num_caches)]
+        self.step = decode_step([context] * batch, BLOCK_SIZE, num_blocks, device.torch)
+        self.rotary = rotary(self.step.positions, shape.head_dim)
+        self.plan = ops.plan_attention(self.step, self.caches[0][None], [None], source.dtype)
+        slots = (batch, shape.kv_heads, shape.head_dim)
+        self.slots = (source.normal(*slots), source.normal(*slots))
+        self._contiguous = (2, batch, shape.kv_heads, context, shape.head_dim)
+
+    def others(self, spec: AttentionSpec) -> dict[str, Callable[[Tensor], baselines.Attend]]:
+        """The other kernels: what attends over a given cache. SDPA takes its memory for contiguous sequences."""
+
+        def by_sdpa(backend: SDPBackend, kv: Tensor) -> baselines.Attend:
+            return baselines.sdpa(spec, kv.view(self._contiguous), backend)
+
+        found: dict[str, Callable[[Tensor], baselines.Attend]] = {}
+        for backend in baselines.usable_backends(spec, self.caches[0].view(self._contiguous)):
+            found[f"sdpa {backend.name.lower()}"] = partial(by_sdpa, backend)
+        if baselines.has_flashinfer():
+            found["flashinfer"] = lambda kv: baselines.flashinfer(spec, kv, self.step)
+        return found

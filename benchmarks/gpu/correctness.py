@@ -1,0 +1,204 @@
+"""Every op against float64, on the edges: values, what must not change or leak, and bits that must repeat.
+
+A block's result must lie within bf16's rounding of the float64 result, and its mean error must not be more than 1.5
+times that of the plain torch pipeline in bf16 on the same inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from fuseline.kernels import ops
+from fuseline.kernels.reference import blocks
+from fuseline.kernels.types import StepMetadata
+
+from . import oracle
+from .cases import SMALL, TINY, AttentionCase, DenseCase, attention_cases, dense_cases
+from .inputs import Layer, Source, decode_step, poison_unused, rotary
+
+Tensor = torch.Tensor
+Block = Callable[..., tuple[Tensor, Tensor]]
+ATOL_OF_RMS = 2e-2
+RTOL = 1.6e-2
+MEAN_ERROR_RATIO = 1.5
+EPS = 1e-6
+
+
+@dataclass(slots=True)
+class Checks:
+    """What was checked and what of it was wrong."""
+
+    num_checked: int = 0
+    wrong: list[str] = field(default_factory=list)
+
+    def expect(self, holds: bool, message: str) -> None:
+        self.num_checked += 1
+        if not holds:
+            self.wrong.append(message)
+
+    def close(self, name: str, result: Tensor, exact: Tensor, plain: Tensor | None = None) -> None:
+        """Within tolerance of ``exact``, and no worse in the mean than ``plain``, the unfused pipeline's result."""
+        error = (result.double() - exact).abs()
+        bound = ATOL_OF_RMS * exact.square().mean().sqrt() + RTOL * exact.abs()
+        worst = (error / bound).max().item()  # NaN if the result holds one
+        self.expect(worst <= 1, f"{name}: the error is {worst:.3g} of what is allowed")
+        if plain is not None:
+            mean, usual = error.mean().item(), (plain.double() - exact).abs().mean().item()
+            self.expect(
+                mean <= MEAN_ERROR_RATIO * usual + 1e-9,
+                f"{name}: the mean error is {mean:.3g}, that of unfused bf16 {usual:.3g}",
+            )
+
+    def same_bits(self, name: str, result: Tensor, expected: Tensor) -> None:
+        """Equal bit by bit, NaN included."""
+        kind = torch.int16 if result.element_size() == 2 else torch.int32
+        self.expect(torch.equal(result.view(kind), expected.view(kind)), f"{name}: the bits differ")
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionInputs:
+    """One call of an attention block; ``kv`` is what a run must copy."""
+
+    layer: Layer
+    kv: Tensor
+    step: StepMetadata
+    residual: Tensor
+    delta: Tensor | None
+    rotary: tuple[Tensor, Tensor]
+
+    def run(self, kv: Tensor, block: Block | None = None) -> tuple[Tensor, Tensor]:
+        """``residual + delta`` and the delta of ``block``, by default the op; appends to ``kv``."""
+        block = block or ops.attention_block
+        plan = ops.plan_attention(self.step, kv[None], [None], kv.dtype)
+        layer = self.layer
+        return block(self.residual, self.delta, layer.attention, layer.spec, self.rotary, kv, plan)
+
+    def row(self, row: int) -> AttentionInputs:
+        """One of the sequences by itself."""
+        step, one = self.step, slice(row, row + 1)
+        context = int(step.context_lens_host[row])
+        alone = replace(
+            step,
+            positions=step.positions[one],
+            slot_mapping=step.slot_mapping[one],
+            query_start=step.query_start[:2],
+            context_lens=step.context_lens[one],
+            block_tables=step.block_tables[one],
+            query_start_host=step.query_start_host[:2],
+            context_lens_host=step.context_lens_host[one],
+            max_context_len=context,
+        )
+        delta = None if self.delta is None else self.delta[one]
+        rotated = (self.rotary[0][one], self.rotary[1][one])
+        return replace(self, step=alone, residual=self.residual[one], delta=delta, rotary=rotated)
+
+
+def attention_inputs(case: AttentionCase, device: torch.device, seed: int = 0) -> AttentionInputs:
+    """Random inputs of a case, NaN wherever nothing may be read."""
+    shape, source = case.shape, Source(device, seed)
+    layer = source.layer(shape, bias=case.bias)
+    if case.scores:
+        # All queries lean against all keys, so that a maximum that starts at zero would leave nothing of a softmax.
+        bias = torch.zeros(shape.qkv_rows, dtype=source.dtype, device=device)
+        num_queries, num_keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        bias[:num_queries], bias[num_queries : num_queries + num_keys] = case.scores, 1.0
+        layer = replace(layer, attention=replace(layer.attention, qkv_bias=bias))
+    used = sum(-(-context // case.block_size) for context in case.contexts) + 5
+    num_blocks = case.first_block + used
+    kv = torch.empty(
+        2, num_blocks, shape.kv_heads, case.block_size, shape.head_dim, dtype=source.dtype, device=device
+    )
+    kv.normal_(1.0 if case.scores else 0.0, 1.0, generator=source.generator)
+    step = decode_step(case.contexts, case.block_size, num_blocks, device, seed, case.first_block)
+    poison_unused(kv, step)
+    batch = len(case.contexts)
+    return AttentionInputs(
+        layer=layer,
+        kv=kv,
+        step=step,
+        residual=source.stream(batch, shape.hidden),
+        delta=source.stream(batch, shape.hidden) if case.delta else None,
+        rotary=rotary(step.positions, shape.head_dim),
+    )
+
+
+def check_attention(case: AttentionCase, device: torch.device, checks: Checks) -> None:
+    """One case: values, KV appended, nothing else written, the same bits again and for each sequence alone."""
+    name = f"attention, {case.name}"
+    inputs = attention_inputs(case, device)
+    layer, step, kv = inputs.layer, inputs.step, inputs.kv.clone()
+    exact, *exact_new = oracle.attention_block(
+        inputs.residual, inputs.delta, layer.attention, layer.spec, inputs.rotary, kv, step
+    )
+    _, plain = inputs.run(kv.clone(), blocks.attention_block)
+    residual, delta = inputs.run(kv)
+    checks.close(f"{name}: delta", delta, exact, plain)
+    total = inputs.residual if inputs.delta is None else inputs.residual + inputs.delta
+    checks.same_bits(f"{name}: residual + delta", residual, total)
+    where, offsets = step.slot_mapping // case.block_size, step.slot_mapping % case.block_size
+    for half, exact_half in enumerate(exact_new):
+        checks.close(f"{name}: {('keys', 'values')[half]}", kv[half, where, :, offsets], exact_half)
+    again = inputs.kv.clone()
+    checks.same_bits(f"{name}: run again", inputs.run(again)[1], delta)
+    again[:, where, :, offsets] = inputs.kv[:, where, :, offsets]
+    checks.same_bits(f"{name}: slots of other tokens", again, inputs.kv)
+    # Plain torch, which a CPU runs, promises no such thing.
+    for row in range(step.num_seqs if 1 < step.num_seqs <= 8 and device.type == "cuda" else 0):
+        alone = inputs.row(row).run(inputs.kv.clone())[1]
+        checks.same_bits(f"{name}: sequence {row} alone and among others", alone, delta[row : row + 1])
+
+
+def check_mlp(case: DenseCase, device: torch.device, checks: Checks) -> None:
+    """One case: values, the residual, the same bits again and for the last row alone."""
+    name = f"mlp, {case.name}"
+    source = Source(device, 1)
+    weights = source.mlp(case.shape, bias=case.bias)
+    residual = source.stream(case.batch, case.shape.hidden)
+    delta = source.stream(case.batch, case.shape.hidden) if case.delta else None
+    total, result = ops.mlp_block(residual, delta, weights, EPS)
+    _, plain = blocks.mlp_block(residual, delta, weights, EPS)
+    checks.close(name, result, oracle.mlp_block(residual, delta, weights, EPS), plain)
+    checks.same_bits(f"{name}: residual + delta", total, residual if delta is None else residual + delta)
+    checks.same_bits(f"{name}: run again", ops.mlp_block(residual, delta, weights, EPS)[1], result)
+    alone = ops.mlp_block(residual[-1:], None if delta is None else delta[-1:], weights, EPS)[1]
+    checks.same_bits(f"{name}: the last row alone and among others", alone, result[-1:])
+
+
+def check_head(case: DenseCase, device: torch.device, checks: Checks) -> None:
+    """One case: logits of the rows in another order."""
+    name = f"head, {case.name}"
+    source, shape = Source(device, 2), case.shape
+    norm = source.normal(shape.hidden, std=0.1, mean=1.0)
+    weight = source.normal(shape.vocab, shape.hidden, std=shape.hidden**-0.5)
+    residual = source.stream(case.batch, shape.hidden)
+    delta = source.stream(case.batch, shape.hidden) if case.delta else None
+    rows = torch.arange(case.batch, device=device).flip(0)
+    logits = ops.head(residual, delta, norm, weight, rows, EPS)
+    plain = blocks.head(residual, delta, norm, weight, rows, EPS)
+    checks.close(name, logits, oracle.head(residual, delta, norm, weight, EPS)[rows], plain)
+    checks.same_bits(f"{name}: run again", ops.head(residual, delta, norm, weight, rows, EPS), logits)
+
+
+def check_repeats(case: AttentionCase, device: torch.device, checks: Checks, repeats: int) -> None:
+    """The same call over and over: one set of bits."""
+    inputs = attention_inputs(case, device)
+    kv = inputs.kv.clone()
+    _, first = inputs.run(kv)
+    different = sum(not torch.equal(inputs.run(kv)[1], first) for _ in range(repeats))
+    checks.expect(different == 0, f"attention, repeats: {different} of {repeats} have other bits")
+
+
+def check_all(device: torch.device, *, tiny: bool) -> Checks:
+    """All cases, or those that a CPU can afford."""
+    checks = Checks()
+    for attention_case in attention_cases(tiny=tiny):
+        check_attention(attention_case, device, checks)
+    for dense_case in dense_cases(tiny=tiny):
+        check_mlp(dense_case, device, checks)
+        check_head(dense_case, device, checks)
+    repeated = AttentionCase("repeats", TINY if tiny else SMALL, (700, 33, 1))
+    check_repeats(repeated, device, checks, 3 if tiny else 1000)
+    return checks

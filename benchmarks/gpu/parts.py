@@ -1,0 +1,136 @@
+"""The parts of the suite: each takes a ``Run`` and returns what goes into the results under its name."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fuseline.kernels.cuda.library import load_library
+
+from . import baselines, correctness, report
+from .blocks import Bench
+from .cases import TINY
+from .device import Device
+from .shapes import BATCHES, CONTEXTS, SHAPES
+
+SANITIZER_LIMIT_S = 120
+TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
+
+
+@dataclass
+class Run:
+    """What the parts share.
+
+    Attributes:
+        tiny: shapes that a CPU can afford.
+        clusterfusion: a checkout of the public kernels.
+        wrong: every wrong result found so far, in words.
+    """
+
+    device: Device
+    tiny: bool
+    clusterfusion: Path | None = None
+    wrong: list[str] = field(default_factory=list)
+
+    @cached_property
+    def bytes_per_s(self) -> float:
+        """The copy bandwidth of this run."""
+        return self.device.copy_bytes_per_s()
+
+
+def environment(run: Run) -> dict[str, Any]:
+    """Device, versions, copy bandwidth, the library and how many of each kernel's clusters fit."""
+    found: dict[str, Any] = {
+        "device": run.device.describe(),
+        "copy_bytes_per_s": run.bytes_per_s,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "numpy": np.__version__,
+        "flashinfer": baselines.has_flashinfer(),
+        "compiled_baseline": baselines.elementwise(run.device.torch).compiled,
+    }
+    if not run.tiny:
+        found["library"] = str(load_library().path.name)  # without it nothing below would be about the kernels
+    print(f"{found['device']['name']}: copies {run.bytes_per_s / 1e12:.2f} TB/s, torch {torch.__version__}")
+    return found
+
+
+def check(run: Run) -> dict[str, Any]:
+    """Every op on its edges."""
+    checks = correctness.check_all(run.device.torch, tiny=run.tiny)
+    run.wrong += checks.wrong
+    print(f"{checks.num_checked} checks, {len(checks.wrong)} wrong")
+    return {"num_checked": checks.num_checked, "wrong": checks.wrong}
+
+
+def sanitize(run: Run) -> dict[str, Any]:
+    """compute-sanitizer's tools over one small run of every op; what is found counts as wrong."""
+    tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    if tool is None or run.tiny:
+        print("skipped: no compute-sanitizer")
+        return {"skipped": "no compute-sanitizer"}
+    found = {}
+    for name in TOOLS:
+        command = [tool, "--tool", name, "--error-exitcode", "7", sys.executable, "-m", "benchmarks.gpu.sanitized"]
+        found[name] = _sanitize_with(command)
+        print(f"{name}: {found[name]}")
+        if found[name] == "errors":
+            run.wrong.append(f"compute-sanitizer: {name} found errors")
+    return found
+
+
+def _sanitize_with(command: list[str]) -> str:
+    environment = {**os.environ, "FUSELINE_CUDA_LIBRARY": str(load_library().path)}
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=SANITIZER_LIMIT_S,
+            cwd=report.ROOT,
+            env=environment,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return f"not done in {SANITIZER_LIMIT_S} s"
+    if done.returncode == 7:
+        print(done.stdout[-4000:])
+        return "errors"
+    return "clean" if done.returncode == 0 else f"did not run: {done.stderr[-300:]}"
+
+
+def blocks(run: Run) -> list[dict[str, Any]]:
+    """Every block and the layer, at every shape, batch and context."""
+    pieces = baselines.elementwise(run.device.torch)
+    shapes, batches, contexts = ((TINY,), (1, 2), (32,)) if run.tiny else (SHAPES, BATCHES, CONTEXTS)
+    figures: list[dict[str, Any]] = []
+    for shape in shapes:
+        bench = Bench(shape, run.device, run.bytes_per_s, pieces)
+        for batch in batches:
+            found = [bench.mlp(batch), bench.head(batch)]
+            for context in contexts:
+                found += bench.attention(batch, context)
+            figures += [figure.record() for figure in found]
+        print(report.table(report.BLOCK_HEADER, report.block_rows(figures[-len(found) * len(batches) :])), flush=True)
+    return figures
+
+
+Part = Callable[[Run], Any]
+PARTS: dict[str, Part] = {
+    "environment": environment,
+    "correctness": check,
+    "blocks": blocks,
+    "sanitize": sanitize,
+}
