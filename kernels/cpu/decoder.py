@@ -17,7 +17,8 @@ import torch
 
 from ..checks import check_step, describe
 from ..errors import KernelArgumentError
-from ..types import AttentionSpec, AttentionWeights, MlpWeights, StepMetadata
+from ..exchange import NativeAllReduce
+from ..types import AttentionSpec, AttentionWeights, MlpWeights, StepMetadata, Weight, float_weight
 from .linear import DTYPES, LinearWeight, describe_weight
 from .structures import NativeLayer, NativeModel, NativeStep
 
@@ -90,15 +91,14 @@ class CpuDecoder:
     Args:
         library: of ``native_library``.
         plan: its tensors are kept, not copied (but for norms and biases that are not float32).
-        all_reduce: address of a function as ``decoder.h`` describes it, and its handle, which outlives this; None
-            when whoever runs the ops does it, or there is nothing to reduce.
+        all_reduce: to run between the ops; None when whoever runs them does that, or there is nothing to reduce.
 
     Raises:
         KernelArgumentError: the weights do not fit one another, or are not on the CPU.
         MemoryError: there is none for the activations.
     """
 
-    def __init__(self, library: ctypes.CDLL, plan: DecoderPlan, all_reduce: tuple[int, int] | None = None) -> None:
+    def __init__(self, library: ctypes.CDLL, plan: DecoderPlan, all_reduce: NativeAllReduce | None = None) -> None:
         self._keep: list[Tensor] = []
         _check_plan(plan)
         spec = plan.layers[0].spec
@@ -126,7 +126,8 @@ class CpuDecoder:
         if plan.head is not None:
             model.head = self._weight(plan.head)
         if all_reduce is not None:
-            model.all_reduce, model.all_reduce_handle = all_reduce
+            model.all_reduce, model.all_reduce_handle = all_reduce.function, all_reduce.handle
+        self._all_reduce = all_reduce  # keeps its owner
         library.fl_cpu_decoder_create.restype = ctypes.c_void_p
         handle = library.fl_cpu_decoder_create(ctypes.byref(model))
         if handle is None:
@@ -240,12 +241,13 @@ class CpuDecoder:
         native.gate_up[0] = self._weight(mlp.gate_up, mlp.gate_up_bias)
         return native
 
-    def _weight(self, weight: Tensor, bias: Tensor | None = None) -> LinearWeight:
+    def _weight(self, weight: Weight, bias: Tensor | None = None) -> LinearWeight:
         if bias is not None:
             self._float(bias)
             bias = self._keep[-1]
-        self._keep.append(weight)
-        return describe_weight(weight, bias)
+        tensor = float_weight(weight)
+        self._keep.append(tensor)
+        return describe_weight(tensor, bias)
 
     def _float(self, tensor: Tensor | None) -> int | None:
         """The address of a float32 copy, or of the tensor itself if it is that."""

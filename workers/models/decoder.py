@@ -48,13 +48,14 @@ class DecoderModel:
         self._tp = tp
         norm = weights.layers[0].attention.norm
         self._dtype, self._device = norm.dtype, norm.device
-        self._program = make_program(config, weights)
+        self._program = make_program(config, weights, tp)
         # The ranges in which a step runs: op by op when sums are to be made between them, up to every attention block
         # when someone waits for the KV of its layer, or all at once.
         end = self._num_ops = 2 * len(weights.layers) + 2
         every = tuple(pairwise(range(end + 1)))
-        self._ranges = every if tp.world_size > 1 else ((0, end),)
-        self._layer_ranges = every if tp.world_size > 1 else tuple(pairwise((0, *range(2, end + 1, 2))))
+        self._sums = tp.world_size > 1 and not self._program.all_reduces
+        self._ranges = every if self._sums else ((0, end),)
+        self._layer_ranges = every if self._sums else tuple(pairwise((0, *range(2, end + 1, 2))))
 
     def new_kv_cache(self, num_blocks: int, block_size: int) -> Tensor:
         """Zeros for this rank's layers and KV heads: [layers, 2, num_blocks, kv_heads, block_size, head_dim]."""
@@ -94,7 +95,7 @@ class DecoderModel:
             result = self._program.run(begin, end)
             if on_layer is not None and end % 2 == 0 and end < self._num_ops:
                 on_layer(self.weights.layers[end // 2 - 1].index)
-            if self._tp.world_size > 1 and end < self._num_ops and (begin > 0 or hidden is None):
+            if self._sums and end < self._num_ops and (begin > 0 or hidden is None):
                 self._tp.all_reduce(result)
         return result if self.weights.head is None else self._gather_logits(result)
 

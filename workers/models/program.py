@@ -11,8 +11,10 @@ from typing import Protocol
 
 import torch
 
+from ...collectives.communicator import Communicator
+from ...collectives.shared_memory import SharedMemoryCommunicator
 from ...kernels import ops
-from ...kernels.cpu.decoder import CpuDecoder, CpuStep, DecoderPlan
+from ...kernels.cpu.decoder import AllReduceError, CpuDecoder, CpuStep, DecoderPlan
 from ...kernels.cpu.library import native_library
 from ..forward_batch import ForwardBatch
 from ..layers.rotary import RotaryEmbedding
@@ -23,7 +25,13 @@ Tensor = torch.Tensor
 
 
 class StepProgram(Protocol):
-    """One rank's ops: ``begin``, then ranges that follow one another, make a step. One thread, one step at a time."""
+    """One rank's ops: ``begin``, then ranges that follow one another, make a step. One thread, one step at a time.
+
+    Attributes:
+        all_reduces: whether ``run`` itself makes the sums over the tensor-parallel ranks.
+    """
+
+    all_reduces: bool
 
     def begin(self, batch: ForwardBatch, kv_cache: Tensor, hidden: Tensor | None) -> None:
         """Start a step; see ``DecoderModel.forward`` for the arguments."""
@@ -32,14 +40,17 @@ class StepProgram(Protocol):
         """Run ops ``[begin, end)``.
 
         Returns:
-            What the last of them left. After the input or a block it is this rank's part of a sum over the
-            tensor-parallel ranks, for the caller to all-reduce in place before the next op (hidden states that were
-            given are no such part); after the output it is the logits float32[S, V] of this rank's vocabulary, or on
+            What the last of them left. After the input or a block it is a sum over the tensor-parallel ranks, or
+            this rank's part of it, for the caller to all-reduce in place before the next op (hidden states that were
+            given are no such part). After the output it is the logits float32[S, V] of this rank's vocabulary, or on
             an earlier stage the hidden states.
+
+        Raises:
+            UnavailableError: a peer is gone.
         """
 
 
-def make_program(config: DecoderConfig, weights: DecoderWeights) -> StepProgram:
+def make_program(config: DecoderConfig, weights: DecoderWeights, tp: Communicator) -> StepProgram:
     """The fastest program that this machine runs the weights with."""
     rotary = RotaryEmbedding(config.rope, config.head_dim, weights.layers[0].attention.norm.device)
     if weights.layers[0].attention.norm.device.type == "cpu" and (library := native_library()) is not None:
@@ -53,16 +64,24 @@ def make_program(config: DecoderConfig, weights: DecoderWeights) -> StepProgram:
             config.rms_norm_eps,
             config.rope.attention_scaling,
         )
-        return NativeProgram(CpuDecoder(library, plan), rotary)
+        shared = tp if isinstance(tp, SharedMemoryCommunicator) else None
+        all_reduce = None if shared is None else shared.native_all_reduce()
+        return NativeProgram(CpuDecoder(library, plan, all_reduce), rotary, shared)
     return BlockProgram(config, weights, rotary)
 
 
 class NativeProgram:
-    """A range of ops is one call of the native decoder: a whole step, where nothing interrupts it."""
+    """A range of ops is one call of the native decoder: a whole step, where nothing interrupts it.
 
-    def __init__(self, decoder: CpuDecoder, rotary: RotaryEmbedding) -> None:
+    Args:
+        shared: the communicator whose all-reduce the decoder calls; None when it has none to call.
+    """
+
+    def __init__(self, decoder: CpuDecoder, rotary: RotaryEmbedding, shared: SharedMemoryCommunicator | None) -> None:
+        self.all_reduces = shared is not None
         self._decoder = decoder
         self._rotary = rotary
+        self._shared = shared
         self._step: CpuStep
 
     def begin(self, batch: ForwardBatch, kv_cache: Tensor, hidden: Tensor | None) -> None:
@@ -72,11 +91,18 @@ class NativeProgram:
 
     def run(self, begin: int, end: int) -> Tensor:
         """See ``StepProgram``."""
-        return self._decoder.run(self._step, begin, end)
+        try:
+            return self._decoder.run(self._step, begin, end)
+        except AllReduceError as error:
+            if self._shared is not None:
+                self._shared.check(error.status)
+            raise
 
 
 class BlockProgram:
     """Every op is one of ``kernels.ops``: torch's reference, or what stands behind it on a GPU."""
+
+    all_reduces = False
 
     def __init__(self, config: DecoderConfig, weights: DecoderWeights, rotary: RotaryEmbedding) -> None:
         self._config = config

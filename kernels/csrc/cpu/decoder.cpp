@@ -80,6 +80,7 @@ class Decoder {
             if (const int32_t failure = prepare(step, team.size()))
                 return failure;
         step.prepared = 1;
+        scratch_.reserve(team.size() * scratch_floats_);
         failure_ = 0;
         team.run([&](const Worker& worker) { run_ops(worker, step, begin, end); });
         step.has_delta = end - 1 == 0 ? 0 : 1;
@@ -106,7 +107,6 @@ class Decoder {
                 partials = std::max(partials, plan.num_partials);
             }
         partials_.reserve(partials * partial_floats(shape.head_dim));
-        scratch_.reserve(num_workers * scratch_floats_);
         return 0;
     }
 
