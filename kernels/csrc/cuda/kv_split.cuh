@@ -71,10 +71,10 @@ struct KvWalk {
     static constexpr int32_t kTileTokens = ATTN_TILE_BYTES / (2 * D);
 
     // Of the item at hand.
-    int32_t epoch = -1; // how many the cluster has had before it
-    int32_t row, group; // the batch's row; KV head times parts of its query heads
-    int32_t node, num_nodes; // numbered through the batch; the row's
-    int32_t begin, end;      // the row's span
+    int32_t epoch = -1;                  // how many the cluster has had before it
+    int32_t row, group;                  // the batch's row; KV head times parts of its query heads
+    int32_t node, first_node, num_nodes; // numbered through the batch; the row's first, and how many
+    int32_t begin, end;                  // the row's span
     int32_t first_tile, end_tile;
 
     __device__ KvWalk(const KvPlan& plan, int32_t window, int32_t num_groups, int32_t cluster_id, int32_t num_clusters)
@@ -101,7 +101,8 @@ struct KvWalk {
         num_nodes = span.num_nodes();
         begin = span.begin;
         end = span.end;
-        const int32_t start = (span.first_node() + node - plan_.nodes_before[row]) << span.node_bits;
+        first_node = plan_.nodes_before[row];
+        const int32_t start = (span.first_node() + node - first_node) << span.node_bits;
         first_tile = max(start, begin) / kTileTokens;
         end_tile = (min(start + (1 << span.node_bits), end) + kTileTokens - 1) / kTileTokens;
         return true;

@@ -260,6 +260,15 @@ FL_PTX float load_l2(const float* global) {
     return v;
 }
 
+FL_PTX uint4 load_l2(const uint4* global) {
+    uint4 v;
+    asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(__cvta_generic_to_global(global))
+                 : "memory");
+    return v;
+}
+
 FL_PTX void prefetch_l2(const void* global) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(global)));
 }
@@ -306,6 +315,13 @@ FL_PTX void ldmatrix_x2_transposed(uint32_t (&r)[2], uint32_t shared) {
                  : "=r"(r[0]), "=r"(r[1])
                  : "r"(shared)
                  : "memory");
+}
+
+// An 8x8 matrix of 16-bit elements, lane 4 * row + column / 2 holding two of a row: the lane's part of its transpose.
+FL_PTX uint32_t transpose_8x8(uint32_t elements) {
+    uint32_t transposed;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(elements));
+    return transposed;
 }
 
 // c[16][8] += a[16][16] b[16][8]. With g = lane / 4 and t = lane % 4: a = rows g, g+8 at k = 2t, then at 2t+8; b = k 2t

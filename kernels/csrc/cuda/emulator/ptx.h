@@ -124,6 +124,7 @@ inline unsigned __float_as_uint(float value) {
     std::memcpy(&bits, &value, 4);
     return bits;
 }
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline float rsqrtf(float x) {
     return 1.0f / std::sqrt(x);
 }
@@ -218,6 +219,7 @@ inline float4 load_l2(const float4* global) {
 inline float2 load_l2(const float2* global) {
     return *global;
 }
+inline uint4 load_l2(const uint4* global) { return *global; }
 inline float load_l2(const float* global) {
     return *global;
 }
@@ -239,6 +241,12 @@ inline void ldmatrix_x4_transposed(uint32_t (&r)[4], uint32_t shared) {
 }
 inline void ldmatrix_x2_transposed(uint32_t (&r)[2], uint32_t shared) {
     ldmatrix(r, shared, 2, true);
+}
+inline uint32_t transpose_8x8(uint32_t elements) {
+    const int lane = emulator::lane(), row = lane / 4, column = lane % 4;
+    const uint32_t first = __shfl_sync(0xffffffffu, elements, 8 * column + row / 2);
+    const uint32_t second = __shfl_sync(0xffffffffu, elements, 8 * column + 4 + row / 2);
+    return row % 2 == 0 ? (first & 0xffffu) | second << 16 : first >> 16 | (second & 0xffff0000u);
 }
 void mma_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 

@@ -1,0 +1,225 @@
+// Folds the softmax states of a node, spread over a cluster's warps, into one: a reduce-scatter in one hop on chip.
+//
+// Every warp pushes its (largest, sum) to all CTAs and a part of its outputs to each, from registers; CTA `rank` folds
+// part `rank` of the head dimensions in order of position. Two sets of slots alternate between items ("epochs"), and
+// one mbarrier of each set counts the bytes. An epoch's bytes include a ticket from every CTA, sent when it had folded
+// the epoch before; and a warp pushes only when the epoch before is complete. So nothing is overwritten before it is
+// read, and no warp falls two phases behind a barrier.
+//
+// A row of several nodes: each CTA leaves its part of the node's state in global memory, and the last to do so for this
+// row, group and part folds them in order. Order, not arrival, decides every sum.
+#pragma once
+
+#include "kv_softmax.cuh"
+
+namespace fuseline {
+
+// Where a group's results go.
+struct AttendedRows {
+    uint16_t* attended; // [batch, num_heads, D]
+    float4* partials;   // [nodes, groups, cluster][part_vectors]
+    uint32_t* arrivals; // [batch, groups, cluster], zero between launches
+    int32_t num_heads, num_groups;
+};
+
+// Sizes of the slots. Of the 4 lanes with the same g, `lanes` hold heads.
+struct CombineShape {
+    int32_t cluster, num_states, lanes, outputs; // outputs: mma tiles of 16 dimensions in a CTA's part
+
+    __host__ __device__ static CombineShape of(int32_t head_dim, int32_t heads, int32_t cluster) {
+        return {cluster, ATTN_WARPS * cluster, (heads + 1) / 2, head_dim / 16 / cluster};
+    }
+    __host__ __device__ int32_t part_vectors() const { return (8 * outputs + 1) * lanes; } // float4: o, then (m, l)
+    __host__ __device__ int32_t slot_bytes() const { return 16 * num_states * part_vectors(); }
+    // Two sets of slots, and of tickets.
+    __host__ __device__ int32_t bytes() const { return 2 * (slot_bytes() + 32); }
+};
+
+template <int D>
+class KvCombine {
+  public:
+    // `slots`: shape.bytes(); `barriers`: two.
+    __device__ KvCombine(unsigned char* slots, uint64_t* barriers, const CombineShape& shape)
+        : slots_(slots), barriers_(ptx::shared_address(barriers)), shape_(shape) {}
+
+    // One thread; then fence_mbarrier_init and a cluster barrier.
+    __device__ void init() const {
+        ptx::mbarrier_init(barriers_, ATTN_WARPS);
+        ptx::mbarrier_init(barriers_ + 8, ATTN_WARPS);
+    }
+
+    // All warps of the cluster, each epoch, in order. `state` is -1 for a warp that has none.
+    __device__ void push(const KvWalk<D>& walk, KvSoftmax<D>& softmax, int32_t state) const {
+        const int32_t epoch = walk.epoch;
+        if (epoch > 0) {
+            wait(epoch - 1);
+        }
+        if (state >= 0) {
+            push_state(epoch, softmax, state);
+        }
+        if (threadIdx.x % 32 == 0) {
+            const uint32_t tickets = epoch > 0 ? 4 * shape_.cluster : 0;
+            if (is_folder(epoch)) {
+                ptx::mbarrier_arrive_expect_tx(barrier(epoch), num_states(walk) * 16 * shape_.part_vectors() + tickets);
+            } else {
+                ptx::mbarrier_arrive(barrier(epoch));
+            }
+        }
+    }
+
+    // The warp that folds an epoch, after its own push.
+    __device__ bool is_folder(int32_t epoch) const {
+        return static_cast<int32_t>(threadIdx.x / 32) == epoch % ATTN_WARPS;
+    }
+
+    // `heads` of the group from first_head on get their results.
+    __device__ void fold(const KvWalk<D>& walk, const AttendedRows& rows, int32_t first_head, int32_t heads) const {
+        const int32_t epoch = walk.epoch, lane = threadIdx.x % 32;
+        wait(epoch);
+        const auto* slots = reinterpret_cast<const float4*>(slots_ + (epoch & 1) * shape_.slot_bytes());
+        const int32_t stride = shape_.part_vectors(), mask = shape_.num_states - 1, first = walk.first_tile;
+        const auto state = [=](int32_t i, int32_t vector) { return slots[((first + i) & mask) * stride + vector]; };
+        if (walk.num_nodes == 1) {
+            fold_states(state, num_states(walk), [&](int32_t i, const float4& total, const float4& o) {
+                write_attended(rows, walk.row, first_head, heads, i, total, o);
+            });
+        } else {
+            float4* partial = partial_of(rows, walk, walk.node);
+            fold_states(state, num_states(walk), [&](int32_t i, const float4& total, const float4& o) {
+                partial[vector_of(i)] = o;
+                if (i == 0 && lane < 4) {
+                    partial[sums_vector()] = total;
+                }
+            });
+        }
+        __syncwarp();
+        if (walk.has_next() && lane < shape_.cluster) {
+            const uint32_t ticket = tickets(epoch + 1) + 4 * ptx::cluster_rank();
+            ptx::st_async(ptx::map_to_rank(ticket, lane), 1u, ptx::map_to_rank(barrier(epoch + 1), lane));
+        }
+        if (walk.num_nodes > 1 && is_last(walk, rows)) {
+            const auto node = [&](int32_t i, int32_t vector) {
+                return ptx::load_l2(partial_of(rows, walk, walk.first_node + i) + vector);
+            };
+            fold_states(node, walk.num_nodes, [&](int32_t i, const float4& total, const float4& o) {
+                write_attended(rows, walk.row, first_head, heads, i, total, o);
+            });
+        }
+    }
+
+  private:
+    __device__ int32_t num_states(const KvWalk<D>& walk) const {
+        return min(walk.end_tile - walk.first_tile, shape_.num_states);
+    }
+    __device__ uint32_t barrier(int32_t epoch) const { return barriers_ + 8 * (epoch & 1); }
+    __device__ uint32_t tickets(int32_t epoch) const {
+        return ptx::shared_address(slots_) + 2 * shape_.slot_bytes() + 32 * (epoch & 1);
+    }
+    __device__ void wait(int32_t epoch) const { ptx::mbarrier_wait(barrier(epoch), epoch >> 1 & 1); }
+
+    __device__ void push_state(int32_t epoch, KvSoftmax<D>& softmax, int32_t state) const {
+        const int32_t lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+        const float2 sum = reduce_rows(softmax.sum, false);
+        if (t >= shape_.lanes) {
+            return;
+        }
+        const uint32_t slot =
+            ptx::shared_address(slots_) + (epoch & 1) * shape_.slot_bytes() + 16 * state * shape_.part_vectors();
+        const int32_t vector = g * shape_.lanes + t;
+#pragma unroll
+        for (int32_t i = 0; i < KvSoftmax<D>::kOutputs; ++i) {
+            const uint32_t rank = i / shape_.outputs, local = i % shape_.outputs;
+            const auto& o = softmax.o[i];
+            ptx::st_async(ptx::map_to_rank(slot + 16 * (local * 8 * shape_.lanes + vector), rank),
+                          make_float4(o[0], o[1], o[2], o[3]), ptx::map_to_rank(barrier(epoch), rank));
+        }
+        // Lane g of those that hold these two heads tells CTA g.
+        if (g < shape_.cluster) {
+            ptx::st_async(ptx::map_to_rank(slot + 16 * (8 * shape_.outputs * shape_.lanes + t), g),
+                          make_float4(softmax.largest.x, softmax.largest.y, sum.x, sum.y),
+                          ptx::map_to_rank(barrier(epoch), g));
+        }
+    }
+
+    // Vectors of this lane in a part: outputs i of two heads, and their (largest, largest, sum, sum).
+    __device__ int32_t vector_of(int32_t i) const {
+        const int32_t lane = threadIdx.x % 32;
+        return (8 * i + lane / 4) * shape_.lanes + lane % 4;
+    }
+    __device__ int32_t sums_vector() const {
+        return 8 * shape_.outputs * shape_.lanes + static_cast<int32_t>(threadIdx.x % 4);
+    }
+
+    __device__ float4* partial_of(const AttendedRows& rows, const KvWalk<D>& walk, int32_t node) const {
+        const int64_t part = static_cast<int64_t>(node) * rows.num_groups + walk.group;
+        return rows.partials + (part * shape_.cluster + ptx::cluster_rank()) * shape_.part_vectors();
+    }
+
+    // Folds `count` states in order; read(i, vector) is a vector of state i. done(i, total, o) gets each of the part's
+    // outputs, not yet divided by the sums of `total`.
+    template <class Read, class Done>
+    __device__ void fold_states(const Read& read, int32_t count, const Done& done) const {
+        if (static_cast<int32_t>(threadIdx.x % 4) >= shape_.lanes) {
+            return;
+        }
+        float4 total = make_float4(-INFINITY, -INFINITY, 0.0f, 0.0f);
+        for (int32_t i = 0; i < count; ++i) {
+            const float4 one = read(i, sums_vector());
+            total.x = fmaxf(total.x, one.x);
+            total.y = fmaxf(total.y, one.y);
+        }
+        for (int32_t output = 0; output < shape_.outputs; ++output) {
+            float4 o = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            float2 sum = make_float2(0.0f, 0.0f);
+#pragma unroll 4
+            for (int32_t i = 0; i < count; ++i) {
+                const float4 one = read(i, sums_vector()), part = read(i, vector_of(output));
+                const float x = ptx::exp2_approx(one.x - total.x), y = ptx::exp2_approx(one.y - total.y);
+                sum = make_float2(sum.x + one.z * x, sum.y + one.w * y);
+                o = make_float4(o.x + part.x * x, o.y + part.y * y, o.z + part.z * x, o.w + part.w * y);
+            }
+            total.z = sum.x;
+            total.w = sum.y;
+            done(output, total, o);
+        }
+    }
+
+    __device__ void write_attended(const AttendedRows& rows, int32_t row, int32_t first_head, int32_t heads, int32_t i,
+                                   const float4& total, const float4& o) const {
+        const int32_t lane = threadIdx.x % 32, g = lane / 4, head = 2 * (lane % 4);
+        const int32_t output = ptx::cluster_rank() * shape_.outputs + i;
+        const int32_t lower = KvSoftmax<D>::lower_dimension(output, g),
+                      upper = KvSoftmax<D>::upper_dimension(output, g);
+        uint16_t* to = rows.attended + (static_cast<int64_t>(row) * rows.num_heads + first_head + head) * D;
+        if (head < heads) {
+            to[lower] = ptx::float_to_bf16(o.x / total.z);
+            to[upper] = ptx::float_to_bf16(o.z / total.z);
+        }
+        if (head + 1 < heads) {
+            to[D + lower] = ptx::float_to_bf16(o.y / total.w);
+            to[D + upper] = ptx::float_to_bf16(o.w / total.w);
+        }
+    }
+
+    // Whether all nodes of the row are in place for this group and part, this warp's the last; they are then visible.
+    __device__ bool is_last(const KvWalk<D>& walk, const AttendedRows& rows) const {
+        uint32_t before = 0;
+        if (threadIdx.x % 32 == 0) {
+            const int64_t part = static_cast<int64_t>(walk.row) * rows.num_groups + walk.group;
+            uint32_t* arrivals = rows.arrivals + part * shape_.cluster + ptx::cluster_rank();
+            before = ptx::fetch_add_acq_rel(arrivals, 1);
+            if (before + 1 == static_cast<uint32_t>(walk.num_nodes)) {
+                *arrivals = 0;
+            }
+        }
+        before = __shfl_sync(0xffffffffu, before, 0);
+        __syncwarp();
+        return before + 1 == static_cast<uint32_t>(walk.num_nodes);
+    }
+
+    unsigned char* slots_;
+    uint32_t barriers_;
+    CombineShape shape_;
+};
+
+} // namespace fuseline
