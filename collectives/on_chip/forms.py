@@ -58,6 +58,35 @@ def gather_one_shot(
     return _schedule(num_ctas, size, epochs, True, epoch, exit_barrier=by_copy)
 
 
+def reduce_rotating(num_ctas: int, size: int, epochs: int, *, owners_rotate: bool = True) -> Schedule:
+    """Reduce to one CTA, another in each epoch: how a linear layer adds up its partial sums (kernels' linear.cuh).
+
+    One set of slots is enough: before a rank sends to the same owner again it has owned an exchange itself, and so
+    has waited for what that owner sent after it had read its slots.
+
+    Args:
+        owners_rotate: otherwise rank 0 owns all; wrong with one set of slots.
+    """
+
+    def epoch(rank: int, e: int) -> Iterator[Op]:
+        owner = e % num_ctas if owners_rotate else 0
+        phase = e // num_ctas if owners_rotate else e
+        own = Region(f"partial{e % 2}", 0, size)
+        slots = [Region("slots", peer * size, (peer + 1) * size) for peer in range(num_ctas)]
+        yield Load(own, e)
+        if rank != owner:
+            yield Send(owner, own, slots[rank], "ready", phase, by_copy=False)
+            return
+        if num_ctas > 1:
+            yield Arm("ready", phase, (num_ctas - 1) * size)
+            yield Wait("ready", phase)
+        total = Region("total", 0, size)
+        yield Fold(total, tuple(own if peer == rank else slots[peer] for peer in range(num_ctas)))
+        yield Store(total, e)
+
+    return _schedule(num_ctas, size, epochs, False, epoch, exit_barrier=False)
+
+
 def reduce_log2(
     num_ctas: int,
     size: int,

@@ -26,7 +26,7 @@ FLAGS = (
     "-std=c++17",
     ARCHITECTURE,
     "-Xcompiler",
-    "-fPIC,-fvisibility=hidden,-Wall,-Wextra",
+    "-fPIC,-Wall,-Wextra",
     "--expt-relaxed-constexpr",
 )
 LINK_FLAGS = ("-shared", "-cudart", "static", ARCHITECTURE)

@@ -116,6 +116,20 @@ def test_one_shot_has_the_bits_of_a_fold_in_rank_order(
     Machine(forms.reduce_one_shot(num_ctas, 1, 1), inputs, operator).run(seed)
 
 
+@pytest.mark.parametrize("num_ctas", SIZES)
+def test_one_set_of_slots_is_enough_where_owners_rotate(num_ctas: int) -> None:
+    schedule = forms.reduce_rotating(num_ctas, 1, 2 * num_ctas + 2)
+    assert order.races(schedule) == []
+    Machine(schedule, contributions(schedule), in_rank_order).run(0)
+
+
+def test_one_set_of_slots_is_not_enough_for_one_owner() -> None:
+    schedule = forms.reduce_rotating(2, 1, 3, owners_rotate=False)
+    assert order.races(schedule)
+    with pytest.raises(ScheduleError):
+        Machine(schedule, contributions(schedule), in_rank_order).explore(10_000)
+
+
 def test_log2_gives_every_cta_other_bits() -> None:
     """Why the kernels do not use it: (a + b) + (c + d) is another float at each rank."""
     inputs = [[[np.float32(value)] for value in (1e8, 1.0, -1e8, 1.0)]]
