@@ -2,7 +2,7 @@
 
 A level is a set of instructions: ``portable`` (any CPU), ``avx2``, ``avx512`` (with VNNI and bf16 where the CPU has
 them) and ``amx``. One library holds all kernels, compiled for one level; the best that the CPU runs is taken, or the
-one that ``FUSELINE_CPU_ISA`` names.
+one that ``FUSELINE_CPU_ISA`` names. ``FUSELINE_CPU_FLAGS`` adds flags of the compiler, for sanitizers and profilers.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import ctypes
 import logging
 import os
 import platform
+import shlex
 from functools import cache
 from pathlib import Path
 
@@ -90,8 +91,9 @@ def level_flags(level: str, features: frozenset[str]) -> tuple[str, ...]:
     return (*flags, *(flag for name, flag in EXTRAS.get(level, {}).items() if name in features))
 
 
-def library_source(level: str, features: frozenset[str], extra_flags: tuple[str, ...] = ()) -> LibrarySource:
+def library_source(level: str, features: frozenset[str]) -> LibrarySource:
     """What the library of a level is built from."""
+    extra_flags = shlex.split(os.environ.get("FUSELINE_CPU_FLAGS", ""))
     return LibrarySource(
         name=f"fuseline_cpu_{level}_{platform.machine()}",
         sources=tuple(sorted(SOURCE_FOLDER.glob("*.cpp"))),

@@ -9,18 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fuseline.kernels.cpu.library import LEVELS, load_library, supports
 from fuseline.kernels.cpu.linear import describe_weight, linear
 from fuseline.kernels.errors import KernelArgumentError
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(params=LEVELS, scope="module")
-def library(request: pytest.FixtureRequest) -> ctypes.CDLL:
-    if not supports(request.param):
-        pytest.skip(f"this CPU has no {request.param}")
-    return load_library(request.param)
 
 
 def expected(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,19 @@
+"""Every test of native kernels runs at every level that this CPU has, or at the one that is forced."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+import pytest
+
+from fuseline.kernels.cpu.library import LEVELS, load_library, supports
+
+FORCED = os.environ.get("FUSELINE_CPU_ISA")
+
+
+@pytest.fixture(params=[FORCED] if FORCED else LEVELS, scope="session")
+def library(request: pytest.FixtureRequest) -> ctypes.CDLL:
+    if not supports(request.param):
+        pytest.skip(f"this CPU has no {request.param}")
+    return load_library(request.param)
