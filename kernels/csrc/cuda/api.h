@@ -10,6 +10,7 @@
 #include <stdint.h>
 
 #ifdef __cplusplus
+#pragma GCC visibility push(default)
 extern "C" {
 #endif
 
@@ -59,4 +60,5 @@ int fl_cuda_mlp_block(const fl_mlp_args* args);
 
 #ifdef __cplusplus
 }
+#pragma GCC visibility pop
 #endif

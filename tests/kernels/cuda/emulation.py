@@ -32,11 +32,6 @@ class Broken(Exception):
     """A kernel broke a rule; the message says which and where."""
 
 
-def headers() -> tuple[Path, ...]:
-    """Whatever kernels and emulator include."""
-    return tuple(sorted(path for pattern in ("*.h", "*.cuh") for path in CUDA.rglob(pattern)))
-
-
 def compiler() -> str:
     if shutil.which("g++") is None:
         pytest.skip("no g++: the kernels cannot be emulated")
@@ -46,8 +41,9 @@ def compiler() -> str:
 @cache
 def load_emulator() -> ctypes.CDLL:
     """The emulator itself; its symbols are there for the libraries of kernels loaded after it."""
+    headers = (*sorted(EMULATOR.glob("*.h")), CUDA / "launch.h", CUDA / "ptx.cuh")
     source = LibrarySource(
-        "emulator", tuple(sorted(EMULATOR.glob("*.cpp"))), headers(), (*COMMON_FLAGS, "-O2"), ("-shared", "-ldl")
+        "emulator", tuple(sorted(EMULATOR.glob("*.cpp"))), headers, (*COMMON_FLAGS, "-O2"), ("-shared", "-ldl")
     )
     library = ctypes.CDLL(str(build_library(source, compiler())), mode=ctypes.RTLD_GLOBAL)
     library.fl_emu_reset.argtypes = [ctypes.c_uint64, ctypes.c_uint32]
@@ -61,8 +57,9 @@ def load_emulator() -> ctypes.CDLL:
 def build_kernels(name: str, *sources: Path) -> Path:
     """A library of kernels for the emulator."""
     load_emulator()
+    headers = tuple(sorted(path for pattern in ("*.h", "*.cuh") for path in CUDA.rglob(pattern)))
     # Undefined symbols are the emulator's; the sanitizer's library stays out, so no -fsanitize here.
-    return build_library(LibrarySource(name, sources, headers(), KERNEL_FLAGS), compiler())
+    return build_library(LibrarySource(name, sources, headers, KERNEL_FLAGS), compiler())
 
 
 class Emulation:

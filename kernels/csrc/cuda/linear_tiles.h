@@ -1,0 +1,19 @@
+// Sizes of the linear layers that their Python model reads too: only `constexpr int NAME = expression;`.
+#pragma once
+
+constexpr int LINEAR_WARPS = 8; // of a CTA
+constexpr int LINEAR_THREADS = 32 * LINEAR_WARPS;
+constexpr int UNIT_ROWS = 16; // of a packed weight: one MMA tile
+constexpr int STEP_COLS = 16; // of one MMA
+constexpr int STEP_BYTES = 2 * UNIT_ROWS * STEP_COLS;
+constexpr int PIECE_COLS = 128; // of a unit, in one slot of a warp's ring
+constexpr int PIECE_BYTES = 2 * UNIT_ROWS * PIECE_COLS;
+constexpr int SLICE_COLS = 32;        // what a CTA's columns are a multiple of
+constexpr int ROW_PADDING_BYTES = 16; // behind a row of x in shared memory: ldmatrix without bank conflicts
+constexpr int MAX_BATCH = 64;
+constexpr int REDUCE_TILES = 2; // column tiles of 8 tokens that are reduced together
+constexpr int MAX_CLUSTER = 8;
+constexpr int MAX_STAGES = 12;
+
+constexpr int MLP_MAX_REGISTERS = 128;
+constexpr int HEAD_MAX_REGISTERS = 128;
