@@ -6,6 +6,7 @@ import ctypes
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -197,11 +198,11 @@ def test_sums_over_ranks_are_made_between_the_ops(library: ctypes.CDLL) -> None:
     assert len(calls) == 6
 
 
-Breakage = Callable[[Runner, list[object]], None]
+Breakage = Callable[[Runner, list[Any]], None]
 
 
 def put(index: int, value: object) -> Breakage:
-    def apply(runner: Runner, arguments: list[object]) -> None:
+    def apply(runner: Runner, arguments: list[Any]) -> None:
         arguments[index] = value
 
     return apply
@@ -224,9 +225,9 @@ def put(index: int, value: object) -> Breakage:
         (put(2, torch.full((5,), VOCAB)), "token id"),
         (put(2, torch.full((5,), -1)), "token id"),
         (put(4, torch.tensor([5])), "logits_indices"),
-        (lambda runner, arguments: arguments[0].slot_mapping.fill_(400 * 16), "slot"),  # type: ignore[attr-defined]
-        (lambda runner, arguments: arguments[0].block_tables.fill_(400), "block"),  # type: ignore[attr-defined]
-        (lambda runner, arguments: arguments[0].block_tables.fill_(-1), "block"),  # type: ignore[attr-defined]
+        (lambda runner, arguments: arguments[0].slot_mapping.fill_(400 * 16), "slot"),
+        (lambda runner, arguments: arguments[0].block_tables.fill_(400), "block"),
+        (lambda runner, arguments: arguments[0].block_tables.fill_(-1), "block"),
     ],
 )
 def test_steps_that_do_not_fit_are_refused_before_anything_is_computed(
@@ -234,10 +235,10 @@ def test_steps_that_do_not_fit_are_refused_before_anything_is_computed(
 ) -> None:
     runner = Runner(library, make_plan(Shape(), 0), 16)
     step, tokens = runner.metadata([(Sequence(draw_tokens(0, 5)), 5)])
-    arguments: list[object] = [step, runner.cache, tokens, None, torch.arange(5), runner.inv_freq]
+    arguments: list[Any] = [step, runner.cache, tokens, None, torch.arange(5), runner.inv_freq]
     broken(runner, arguments)
     with pytest.raises(KernelArgumentError, match=message):
-        runner.decoder.run(runner.decoder.begin(*arguments), 0, 1)  # type: ignore[arg-type]
+        runner.decoder.run(runner.decoder.begin(*arguments), 0, 1)
     assert runner.cache.isnan().all()
 
 
