@@ -58,6 +58,99 @@ int64_t fl_cuda_mlp_workspace(const fl_mlp_args* args);
 int fl_cuda_mlp_limits(const fl_mlp_args* args, fl_limits* limits);
 int fl_cuda_mlp_block(const fl_mlp_args* args);
 
+// One collective of cluster.cuh, to measure: every CTA of every cluster brings a vector.
+#define FL_SUM 0
+#define FL_MAX 1
+#define FL_GATHER 2
+
+#define FL_ONE_SHOT 0
+#define FL_LOG2 1     // not for FL_GATHER
+#define FL_OFF_CHIP 2 // through global memory; all CTAs must be resident at once
+#define FL_SCATTER 3  // in two hops; not for FL_GATHER; elements is a multiple of 4 * cluster
+
+typedef struct {
+    int32_t version;
+    int32_t kind;
+    int32_t form;
+    int32_t cluster; // 1, 2, 4, 8, 16
+    int32_t num_clusters;
+    int32_t elements;   // of a CTA's vector, a multiple of 4
+    int32_t repeats;    // in a row: reductions of the result before, gathers of the same (one at least)
+    const float* input; // [num_clusters, cluster, elements]
+    float* output;      // the same; for FL_GATHER [num_clusters, cluster, cluster * elements]
+    void* workspace;    // fl_cuda_collective_workspace bytes, zeroed once; for FL_OFF_CHIP
+    void* stream;
+} fl_collective_args;
+
+int64_t fl_cuda_collective_workspace(const fl_collective_args* args);
+int fl_cuda_collective_limits(const fl_collective_args* args, fl_limits* limits);
+int fl_cuda_collective(const fl_collective_args* args);
+
+// How fast CTAs of a cluster reach the next one's shared memory.
+#define FL_DSMEM_LATENCY 0 // a chain of `repeats` loads of 4 bytes
+#define FL_DSMEM_LOADS 1   // all of the buffer by 16-byte loads, `repeats` times
+#define FL_DSMEM_COPIES 2  // the same by bulk copies and a cluster barrier
+
+typedef struct {
+    int32_t version;
+    int32_t cluster; // 2, 4, 8, 16
+    int32_t num_clusters;
+    int32_t mode;
+    int32_t bytes; // of a CTA's buffer, a multiple of 256
+    int32_t repeats;
+    int64_t* ticks; // [num_clusters * cluster]: clock cycles
+    void* stream;
+} fl_dsmem_args;
+
+int fl_cuda_dsmem(const fl_dsmem_args* args);
+
+const char* fl_cuda_error_name(int error); // of a cudaError_t
+
+// RMSNorm of residual + delta, QKV projection, norms of Q and K, rotary embedding, KV append, paged attention, output
+// projection; one token per sequence.
+typedef struct {
+    int32_t version;
+    int32_t batch;     // tokens, 1 to 64
+    int32_t hidden;    // multiple of 32, at least 32 * cluster
+    int32_t num_heads; // multiple of num_kv_heads
+    int32_t num_kv_heads;
+    int32_t head_dim;            // 64 or 128
+    int32_t block_size;          // tokens of a KV block: a power of two, at least 8
+    int32_t table_width;         // columns of block_tables
+    int32_t window;              // tokens that a query sees, itself included; 0 for all
+    float scale;                 // of the scores
+    float eps;                   // of the norms
+    fl_launch launch;            // cluster: at most 4 for head_dim 64
+    int64_t num_blocks;          // of the cache
+    const float* residual;       // [batch, hidden]
+    const float* delta;          // [batch, hidden] or null
+    const fl_bf16* norm;         // [hidden]
+    const fl_bf16* qkv;          // packed [(num_heads + 2 * num_kv_heads) * head_dim, hidden], rows of Q, K, V; of each
+                                 // head rows d and d + head_dim / 2 in the same lane: units of 8 of the lower half and
+                                 // the same 8 of the upper half
+    const fl_bf16* qkv_bias;     // [rows of qkv], in the model's order, or null
+    const fl_bf16* q_norm;       // [head_dim] or null; both or none
+    const fl_bf16* k_norm;       // [head_dim] or null
+    const fl_bf16* out;          // packed [hidden, num_heads * head_dim]
+    const fl_bf16* out_bias;     // [hidden] or null
+    const float* rotary_cos;     // [batch, head_dim / 2]
+    const float* rotary_sin;     // [batch, head_dim / 2]
+    fl_bf16* kv;                 // [2, num_blocks, num_kv_heads, block_size, head_dim]; the tokens' KV is written here
+    const int32_t* block_tables; // [batch, table_width]; entries past a context are not read
+    const int32_t* context_lens; // [batch], the token of this step included; 0 for a row that is only padding
+    float* residual_out;         // [batch, hidden]: residual + delta
+    float* delta_out;            // [batch, hidden]
+    void* workspace;      // fl_cuda_attention_workspace bytes, zeroed once when allocated, one per stream; usable
+                          // for other batches and blocks of the same heads and at most this size
+    const void* prefetch; // what the next kernel reads first, brought into L2 towards the end; or null
+    int64_t prefetch_bytes;
+    void* stream;
+} fl_attention_args;
+
+int64_t fl_cuda_attention_workspace(const fl_attention_args* args);
+int fl_cuda_attention_limits(const fl_attention_args* args, fl_limits* limits);
+int fl_cuda_attention_block(const fl_attention_args* args);
+
 #ifdef __cplusplus
 }
 #pragma GCC visibility pop

@@ -24,6 +24,10 @@ namespace fuseline {
 
 constexpr int kInvalidValue = cudaErrorInvalidValue;
 
+inline const char* error_name(int error) {
+    return cudaGetErrorName(static_cast<cudaError_t>(error));
+}
+
 template <class Args>
 int allow(void (*kernel)(Args), const LaunchShape& shape) {
     const void* function = reinterpret_cast<const void*>(kernel);

@@ -146,6 +146,22 @@ FL_PTX void st_async(uint32_t remote, uint32_t value, uint32_t remote_barrier) {
                  : "memory");
 }
 
+// Ordinary loads from a peer, which wait for its answer; behind a cluster barrier.
+FL_PTX uint32_t load_remote(uint32_t remote) {
+    uint32_t value;
+    asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(value) : "r"(remote) : "memory");
+    return value;
+}
+
+FL_PTX float4 load_remote_vector(uint32_t remote) {
+    float4 v;
+    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "r"(remote)
+                 : "memory");
+    return v;
+}
+
 // ---- fences and barriers -------------------------------------------------------------------------------------------
 
 // This thread's stores to shared memory, before asynchronous copies that others start after a barrier.

@@ -21,6 +21,10 @@ namespace fuseline {
 
 constexpr int kInvalidValue = 1;
 
+inline const char* error_name(int error) {
+    return error == 0 ? "cudaSuccess" : "cudaErrorInvalidValue";
+}
+
 template <class Args>
 int launch(const char* name, void (*kernel)(Args), const Args& args, const LaunchShape& shape) {
     if (shape.threads % 32 != 0 || shape.cluster == 0 || shape.clusters == 0) {

@@ -124,7 +124,12 @@ inline unsigned __float_as_uint(float value) {
     std::memcpy(&bits, &value, 4);
     return bits;
 }
-inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __popc(unsigned bits) {
+    return __builtin_popcount(bits);
+}
+inline float fmaxf(float a, float b) {
+    return std::fmax(a, b);
+}
 inline float rsqrtf(float x) {
     return 1.0f / std::sqrt(x);
 }
@@ -192,6 +197,18 @@ inline void st_async(uint32_t remote, uint32_t value, uint32_t barrier) {
     store_async(remote, &value, 4, barrier);
 }
 
+void load_remote_bytes(uint32_t remote, void* value, uint32_t bytes);
+inline uint32_t load_remote(uint32_t remote) {
+    uint32_t value;
+    load_remote_bytes(remote, &value, 4);
+    return value;
+}
+inline float4 load_remote_vector(uint32_t remote) {
+    float4 value;
+    load_remote_bytes(remote, &value, 16);
+    return value;
+}
+
 void fence_proxy_async();
 void fence_proxy_async_global();
 void cluster_arrive();
@@ -219,7 +236,9 @@ inline float4 load_l2(const float4* global) {
 inline float2 load_l2(const float2* global) {
     return *global;
 }
-inline uint4 load_l2(const uint4* global) { return *global; }
+inline uint4 load_l2(const uint4* global) {
+    return *global;
+}
 inline float load_l2(const float* global) {
     return *global;
 }

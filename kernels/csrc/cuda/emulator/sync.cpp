@@ -316,6 +316,15 @@ void store_async(uint32_t remote, const void* value, uint32_t bytes, uint32_t re
     machine().maybe_preempt();
 }
 
+void load_remote_bytes(uint32_t remote, void* value, uint32_t bytes) {
+    machine().maybe_preempt();
+    uint32_t offset;
+    Cta& cta = cta_of(remote, offset);
+    require(cta.running != 0, "loads from CTA " + std::to_string(cta.index) + ", which has ended");
+    access_shared(cta, offset, bytes, false, "a remote load", here(__builtin_return_address(0)));
+    std::memcpy(value, cta.shared.base + offset, bytes);
+}
+
 void fence_proxy_async() {
     current->fenced[kSharedFenced] = current->clock++;
 }
