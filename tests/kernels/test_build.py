@@ -94,7 +94,7 @@ from fuseline.kernels.build import LibrarySource, build_library
 paths = [Path(path) for path in sys.argv[1:]]
 print(build_library(LibrarySource("answers", tuple(paths[:2]), (paths[2],), ("-fPIC",)), {str(compiler)!r}))
 """
-    command = [sys.executable, "-c", code, *source.sources, *source.headers]
+    command = [sys.executable, "-c", code, *map(str, (*source.sources, *source.headers))]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     paths = {process.communicate(timeout=120)[0].strip() for process in processes}
     assert [process.returncode for process in processes] == [0, 0, 0]

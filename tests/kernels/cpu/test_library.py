@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from fuseline.kernels.build import find_compiler
 from fuseline.kernels.cpu import library
 from fuseline.kernels.cpu.library import LEVELS, default_level, level_flags, supports
 from fuseline.kernels.errors import BuildError
@@ -76,7 +77,7 @@ def test_sources_compile_for_other_cpus(level: str) -> None:
     """Only checks syntax and intrinsics: generating code takes far longer."""
     source = library.library_source(level, SAPPHIRE_RAPIDS)
     try:
-        compiler = library.find_compiler(os.environ.get("CXX", ""), "g++", "c++")
+        compiler = find_compiler(os.environ.get("CXX", ""), "g++", "c++")
     except BuildError:
         pytest.skip("no compiler")
     command = [compiler, *source.flags, "-Werror", "-fsyntax-only"]
