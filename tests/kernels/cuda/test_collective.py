@@ -13,7 +13,7 @@ from fuseline.tests.kernels.cuda.emulation import CUDA, Array, Emulation, aligne
 
 HEADER = read_headers(CUDA / "api.h")
 SUM, MAX, GATHER, ONE_SHOT, LOG2, OFF_CHIP, SCATTER = (
-    HEADER.constants[f"FL_{name}"] for name in "SUM MAX GATHER ONE_SHOT LOG2 OFF_CHIP SCATTER".split()
+    HEADER.constants[f"FL_{name}"] for name in ["SUM", "MAX", "GATHER", "ONE_SHOT", "LOG2", "OFF_CHIP", "SCATTER"]
 )
 
 
