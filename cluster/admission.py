@@ -88,7 +88,8 @@ class Admission:
     async def drained(self, timeout_s: float) -> None:
         """Wait until nothing is under way, at most so long."""
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._none_left.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._none_left.wait()
 
     @asynccontextmanager
     async def admit(

@@ -128,7 +128,8 @@ class Controller:
             wake_at = self._step()
             timeout = None if wake_at is None else max(wake_at - self._clock(), 0.0)
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), timeout)
+                async with asyncio.timeout(timeout):
+                    await self._wake.wait()
             if self._bug is not None:
                 raise self._bug
 
@@ -184,7 +185,8 @@ class Controller:
             DeadlineExceededError: the replicas are still being looked for.
         """
         try:
-            await asyncio.wait_for(self._found.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._found.wait()
         except TimeoutError as error:
             raise DeadlineExceededError("the controller is still looking for its replicas") from error
         await self._roster.changes.wait(version, timeout_s)
@@ -213,7 +215,8 @@ class Controller:
 
     async def _load(self, replica: Replica) -> int:
         with suppress(UnavailableError, TimeoutError):
-            return await asyncio.wait_for(self._backend.load(replica.worker_id), CALL_TIMEOUT_S)
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                return await self._backend.load(replica.worker_id)
         return replica.load
 
     def _step(self) -> float | None:
@@ -265,7 +268,8 @@ class Controller:
     async def _adopt(self, worker_id: str) -> None:
         """Take in a replica that was there before this controller."""
         try:
-            report = await asyncio.wait_for(self._backend.report(worker_id, -1), CALL_TIMEOUT_S)
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                report = await self._backend.report(worker_id, -1)
         except (FuselineError, TimeoutError) as error:
             logger.warning("%s does not answer, ending it: %s", worker_id, error)
             self._spawn(self._stop(worker_id))
@@ -287,7 +291,8 @@ class Controller:
             while member.replica.state not in (ReplicaState.DRAINED, ReplicaState.FAILED):
                 # Reconciliation itself bounds a start; loading may keep a process from answering.
                 timeout = None if member.replica.state is ReplicaState.STARTING else SILENCE_TIMEOUT_S
-                report = await asyncio.wait_for(self._backend.report(member.replica.worker_id, version), timeout)
+                async with asyncio.timeout(timeout):
+                    report = await self._backend.report(member.replica.worker_id, version)
                 version = report.version
                 if member.take(report, self._clock()):
                     self._note_change()
@@ -307,7 +312,8 @@ class Controller:
     async def _tell(self, worker_id: str, call: Awaitable[None]) -> None:
         """A short call to a replica; one that cannot be told is lost."""
         try:
-            await asyncio.wait_for(call, CALL_TIMEOUT_S)
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                await call
         except (FuselineError, TimeoutError) as error:
             member = self._roster.members.get(worker_id)
             if member is not None:
@@ -315,7 +321,8 @@ class Controller:
 
     async def _stop(self, worker_id: str) -> None:
         try:
-            await asyncio.wait_for(self._backend.stop(worker_id), STOP_TIMEOUT_S)
+            async with asyncio.timeout(STOP_TIMEOUT_S):
+                await self._backend.stop(worker_id)
         except (FuselineError, TimeoutError) as error:
             logger.warning("%s could not be ended: %s", worker_id, error)
 

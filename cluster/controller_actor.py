@@ -180,7 +180,8 @@ class RayReplicas:
         if worker_id in self._alive:
             self._alive.remove(worker_id)
             try:
-                await asyncio.wait_for(_ask(actor.stop.remote()), STOP_CALL_S)
+                async with asyncio.timeout(STOP_CALL_S):
+                    await _ask(actor.stop.remote())
             except (UnavailableError, TimeoutError) as error:
                 logger.info("%s is killed without having ended in order: %s", worker_id, error)
         if actor is not None:
