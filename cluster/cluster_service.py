@@ -117,6 +117,8 @@ def _row_to_wire(row: ReplicaRow, snapshot: worker_pb2.WorkerSnapshot | None) ->
         age_s=row.age_s,
         snapshot=snapshot,
         message=row.message,
+        loaded_bytes=row.loading.done_bytes,
+        total_bytes=row.loading.total_bytes,
     )
 
 

@@ -31,6 +31,14 @@ class WorkerSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class Loading:
+    """Bytes of weights that a replica's ranks have read, and will have read as far as they know; 0 before they do."""
+
+    done_bytes: int = 0
+    total_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class ReplicaReport:
     """A worker process's account of itself. Ages in seconds, since two processes have no clock in common.
 
@@ -40,6 +48,7 @@ class ReplicaReport:
         address: ``host:port`` of its gRPC services; empty until it listens.
         pids: one per rank, as far as known.
         load: requests under way.
+        loading: how far it is.
         reason: why it FAILED.
     """
 
@@ -55,6 +64,7 @@ class ReplicaReport:
     node: str
     pids: tuple[int, ...]
     load: int
+    loading: Loading
     reason: str
 
 
@@ -70,6 +80,7 @@ class ReplicaRow:
     pids: tuple[int, ...]
     num_restarts: int
     age_s: float
+    loading: Loading
     message: str
 
 

@@ -9,7 +9,7 @@ from ..workers.group import GroupConfig, ModelGroup
 from ..workers.launcher import RankLauncher
 from ..workers.server import WorkerServer
 from .cluster_config import ClusterConfig
-from .messages import WorkerSpec
+from .messages import Loading, WorkerSpec
 
 RANK_CHECK_S = 0.5
 
@@ -27,11 +27,12 @@ class ModelWorker:
         self._role = spec.role
         self._server: WorkerServer | None = None
         self._group: ModelGroup | None = None
+        self._loading = Loading()
 
     async def start(self) -> str:
         """See ``HostedWorker``. Cancelling it leaves a thread that loads on; the process should then end."""
         config = group_config(self._spec.config, self._spec.slot.pool)
-        group = await asyncio.to_thread(ModelGroup.start, config, self._launcher)
+        group = await asyncio.to_thread(ModelGroup.start, config, self._launcher, progress=self._note_loading)
         try:
             server = WorkerServer(self._spec.worker_id, self._role, group, self._launcher.host)
         except BaseException:
@@ -63,6 +64,10 @@ class ModelWorker:
         """See ``HostedWorker``."""
         return 0 if self._server is None else self._server.num_live
 
+    def loading(self) -> Loading:
+        """See ``HostedWorker``."""
+        return self._loading
+
     def pids(self) -> tuple[int, ...]:
         """See ``HostedWorker``."""
         return () if self._server is None else self._server.pids
@@ -75,6 +80,9 @@ class ModelWorker:
         """See ``HostedWorker``."""
         if self._server is not None:
             await self._server.stop(grace_s)
+
+    def _note_loading(self, done: int, total: int) -> None:
+        self._loading = Loading(done, total)
 
     def _started(self) -> WorkerServer:
         if self._server is None:

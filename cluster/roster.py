@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from .cluster_config import ClusterConfig
 from .membership import MembershipView, ReplicaInfo, ReplicaState
-from .messages import ControllerStatus, ReplicaReport, ReplicaRow
+from .messages import ControllerStatus, Loading, ReplicaReport, ReplicaRow
 from .reconcile import POOLS, Limits, Replica, Slot, SlotHistory, Target
 
 _ORDER = list(ReplicaState)  # states only ever advance
@@ -33,7 +33,8 @@ class Changes:
         """Until the version is another one, or the time is up."""
         if self.version == version:
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._event.wait(), timeout_s)
+                async with asyncio.timeout(timeout_s):
+                    await self._event.wait()
 
 
 @dataclass(slots=True)
@@ -45,6 +46,7 @@ class Member:
     address: str = ""
     node: str = ""
     pids: tuple[int, ...] = ()
+    loading: Loading = Loading()
     follower: asyncio.Task[None] | None = None
 
     def take(self, report: ReplicaReport, now: float) -> bool:
@@ -52,13 +54,13 @@ class Member:
 
         A state that is behind ours, such as READY of a replica that was told to drain, is old news.
         """
-        before = (self.replica, self.address, self.node, self.pids)
-        self.address, self.node, self.pids = report.address, report.node, report.pids
+        before = (self.replica, self.address, self.node, self.pids, self.loading)
+        self.address, self.node, self.pids, self.loading = report.address, report.node, report.pids, report.loading
         if _ORDER.index(report.state) > _ORDER.index(self.replica.state):
             self.move(report.state, now, report.reason)
         if report.ready_age_s is not None and self.replica.ready_at is None:
             self.replica = replace(self.replica, ready_at=now - report.ready_age_s)
-        return before != (self.replica, self.address, self.node, self.pids)
+        return before != (self.replica, self.address, self.node, self.pids, self.loading)
 
     def move(self, state: ReplicaState, now: float, reason: str = "") -> None:
         """Enter a state."""
@@ -124,6 +126,7 @@ class Roster:
             pids=member.pids,
             num_restarts=member.num_restarts,
             age_s=now - replica.started_at,
+            loading=member.loading,
             message=message,
         )
 
@@ -138,6 +141,7 @@ class Roster:
             pids=(),
             num_restarts=history.num_restarts,
             age_s=0.0,
+            loading=Loading(),
             message=f"failed {history.num_failures} times in a row,"
             f" next try in {max(history.retry_at - now, 0):.0f} s: {history.reason}",
         )

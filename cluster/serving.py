@@ -29,10 +29,9 @@ from ..workers.tokenizer import Tokenizer
 from .cluster_config import ClusterConfig, PoolConfig, is_loopback
 from .cluster_service import ClusterService
 from .gateway import Gateway, GatewayConfig, join_address
-from .membership import ReplicaState
-from .messages import ControllerStatus
 from .processes import descendants, end_all
 from .ray_backend import RayBackend
+from .start_news import StartNews
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LONG_POLL_S = 10.0
@@ -173,26 +172,17 @@ async def _wait_ready(backend: RayBackend, gateway: Gateway, say: Say) -> None:
     Raises:
         UnavailableError: a replica has failed too often in a row, and why.
     """
-    told = ""
+    told = StartNews()
     while True:
         status = await backend.controller.status()
         if status.failed:
             raise UnavailableError(f"a worker does not start: {status.failed}")
-        progress = _progress(status)
-        if progress != told:
-            say(progress)
-            told = progress
+        if news := told.news(status, time.monotonic()):
+            say(news)
         if status.reached:
             break
         status = await backend.controller.status(status.version, LONG_POLL_S)
     await gateway.wait_ready()
-
-
-def _progress(status: ControllerStatus) -> str:
-    num_wanted = status.target.prefill + status.target.decode
-    num_ready = sum(replica.state is ReplicaState.READY for replica in status.replicas)
-    troubles = "".join(f"; {r.worker_id}: {r.message}" for r in status.replicas if r.message and r.num_restarts)
-    return f"loading on {status.config.device}: {num_ready} of {num_wanted} workers ready{troubles}"
 
 
 def _pool(name: str, pool: PoolConfig) -> str:

@@ -58,6 +58,7 @@ class ReplicaStatus:
         pids: one per rank.
         load: None until the worker has told it.
         message: why it failed, or what it waits for.
+        loaded_bytes, total_bytes: of weights, all ranks together; 0 until known.
     """
 
     worker_id: str
@@ -70,6 +71,13 @@ class ReplicaStatus:
     age_s: float
     load: ReplicaLoad | None
     message: str
+    loaded_bytes: int
+    total_bytes: int
+
+    @property
+    def progress(self) -> str:
+        """How far a replica that loads is; empty when there is nothing to tell."""
+        return progress_text(self.loaded_bytes, self.total_bytes) if self.state == "starting" else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +89,15 @@ class ClusterStatus:
     target: tuple[PoolTarget, ...]
     replicas: tuple[ReplicaStatus, ...]
     uptime_s: float
+
+
+def progress_text(done_bytes: int, total_bytes: int) -> str:
+    """Such as "1.2 of 13.5 GB of weights read, 8 %"; empty when there is nothing to read, as far as is known."""
+    if not total_bytes:
+        return ""
+    unit, name = (10**9, "GB") if total_bytes >= 10**9 else (10**6, "MB")
+    read = f"{done_bytes / unit:.1f} of {total_bytes / unit:.1f} {name} of weights read"
+    return f"{read}, {100 * done_bytes // total_bytes} %"
 
 
 def role_to_wire(role: str) -> worker_pb2.WorkerRole:
@@ -139,6 +156,8 @@ def _replica_from_wire(message: cluster_pb2.ReplicaStatus) -> ReplicaStatus:
         age_s=message.age_s,
         load=_load_from_wire(message.snapshot) if message.HasField("snapshot") else None,
         message=message.message,
+        loaded_bytes=message.loaded_bytes,
+        total_bytes=message.total_bytes,
     )
 
 

@@ -17,9 +17,10 @@ from typing import Any, Protocol, TypeVar
 from ..runtime.errors import FuselineError, UnavailableError
 from ..runtime.role import WorkerRole
 from .membership import ReplicaState
-from .messages import ReplicaReport, WorkerSpec
+from .messages import Loading, ReplicaReport, WorkerSpec
 
 HEARTBEAT_S = 5.0
+LOADING_S = 1.0  # while it loads, that often
 STOP_GRACE_S = 3.0  # for open streams to end once the worker stops
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,9 @@ class HostedWorker(Protocol):
 
     def load(self) -> int:
         """Requests under way."""
+
+    def loading(self) -> Loading:
+        """How far ``start`` is; may come from another thread."""
 
     def pids(self) -> tuple[int, ...]:
         """One per rank."""
@@ -73,6 +77,7 @@ class WorkerHost:
         self._state = ReplicaState.STARTING
         self._reason = ""
         self._address = ""
+        self._loading = Loading()
         self._version = 0
         self._worker: HostedWorker | None = None
         self._loop = asyncio.new_event_loop()
@@ -86,7 +91,7 @@ class WorkerHost:
         self._thread.start()
 
     async def report(self, version: int) -> ReplicaReport:
-        """How it is, once its version is not ``version`` or HEARTBEAT_S have passed."""
+        """How it is, once its version is not ``version`` or HEARTBEAT_S have passed, while it loads LOADING_S."""
         return await self._call(self._report(version))
 
     async def set_role(self, role: WorkerRole) -> None:
@@ -165,10 +170,15 @@ class WorkerHost:
 
     async def _report(self, version: int) -> ReplicaReport:
         if version == self._version:
+            is_loading = self._state is ReplicaState.STARTING
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), HEARTBEAT_S)
+                async with asyncio.timeout(LOADING_S if is_loading else HEARTBEAT_S):
+                    await self._changed.wait()
         now = time.monotonic()
         worker = self._worker
+        if worker is not None and (loading := worker.loading()) != self._loading:
+            self._loading = loading
+            self._note_change()
         return ReplicaReport(
             version=self._version,
             worker_id=self._spec.worker_id,
@@ -182,6 +192,7 @@ class WorkerHost:
             node=self._node,
             pids=() if worker is None else worker.pids(),
             load=0 if worker is None else worker.load(),
+            loading=self._loading,
             reason=self._reason,
         )
 

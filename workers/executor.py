@@ -35,6 +35,7 @@ from .rank_protocol import (
     CloseReservation,
     FinishHandoff,
     HandoffDone,
+    Loading,
     LoadModel,
     OpenReservation,
     RankFailure,
@@ -76,16 +77,22 @@ class GroupExecutor:
         first: the rank in this process.
         others: channel and process of every other rank, by rank.
         timeout_s: for a step to come back; a rank that hangs longer is as good as lost.
+        on_loading: called, from any thread, with what ranks beyond the first tell of their loading.
 
     Attributes:
         failed: resolved, from any thread, when the group has become unusable; so an idle owner learns of it as well.
     """
 
     def __init__(
-        self, first: RankWorker, others: Mapping[int, tuple[StepChannel, RankProcess]], timeout_s: float
+        self,
+        first: RankWorker,
+        others: Mapping[int, tuple[StepChannel, RankProcess]],
+        timeout_s: float,
+        on_loading: Callable[[int, Loading], None],
     ) -> None:
         self.failed: Future[FuselineError] = Future()
         self._timeout_s = timeout_s
+        self._on_loading = on_loading
         self._condition = threading.Condition()
         self._answers: dict[int, object] = {}  # guarded by _condition, like the next three
         self._results: deque[StepResult] = deque()
@@ -207,6 +214,9 @@ class GroupExecutor:
             return
         if isinstance(message, CallDone | HandoffDone | CallFailed):
             self._calls.answered(rank, message)
+            return
+        if isinstance(message, Loading):
+            self._on_loading(rank, message)
             return
         with self._condition:
             if isinstance(message, StepResult):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from .executor import GroupExecutor
 from .launcher import LocalLauncher, RankLauncher, RankProcess
 from .loader import Progress, model_info, resolve_model
 from .rank import RankWorker
-from .rank_protocol import CODEC, AllocateCache, Loaded, LoadModel, Ready
+from .rank_protocol import CODEC, AllocateCache, Loaded, Loading, LoadModel, Ready
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +125,8 @@ class ModelGroup:
         Args:
             launcher: of the ranks beyond the first; None starts them on this machine.
             clock: of the engine.
-            progress: of loading the first rank's weights, see ``load_model``; None logs it, as further ranks do.
+            progress: called from time to time, from any thread but one at a time, with the bytes of weights that all
+                ranks have read and will have read, as far as they have told.
 
         Raises:
             NotFoundError, ModelFormatError, InvalidArgumentError: of model and configuration.
@@ -160,8 +162,14 @@ class ModelGroup:
             store = CommunicatorStore(launcher.host, config.start_timeout_s)
             load = replace(load, store_address=store.address)
             others = _launch(launcher, parallel.world_size, device, config.start_timeout_s)
-        first = RankWorker(0, torch.device("cuda:0" if device == "cuda" else "cpu"), launcher.host, progress)
-        executor = GroupExecutor(first, others, config.step_timeout_s)
+        loading = _GroupLoading(progress)
+        first = RankWorker(
+            0,
+            torch.device("cuda:0" if device == "cuda" else "cpu"),
+            launcher.host,
+            lambda done, total: loading.note(0, Loading(done, total)),
+        )
+        executor = GroupExecutor(first, others, config.step_timeout_s, loading.note)
         try:
             loaded = executor.ask(load, Loaded, max(0.1, deadline - time.monotonic()))
             cache = replace(cache, num_blocks=min(answer.max_num_blocks for answer in loaded))
@@ -192,6 +200,24 @@ class ModelGroup:
         self.executor.close()
         if self._store is not None:
             self._store.close()
+
+
+class _GroupLoading:
+    """Adds up what the ranks have read."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self._progress = progress
+        self._lock = threading.Lock()
+        self._ranks: dict[int, Loading] = {}
+
+    def note(self, rank: int, loading: Loading) -> None:
+        """A rank has told."""
+        if self._progress is None:
+            return
+        with self._lock:
+            self._ranks[rank] = loading
+            told = self._ranks.values()
+            self._progress(sum(rank.done_bytes for rank in told), sum(rank.total_bytes for rank in told))
 
 
 def _launch(

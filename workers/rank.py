@@ -9,6 +9,7 @@ reason: no rank outlives its group.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import queue
 import signal
@@ -54,6 +55,7 @@ from .rank_protocol import (
     FinishHandoff,
     HandoffDone,
     Loaded,
+    Loading,
     LoadModel,
     OpenReservation,
     RankBootstrap,
@@ -66,6 +68,7 @@ from .rank_protocol import (
 
 logger = logging.getLogger(__name__)
 _LOADING_LOG_S = 2.0
+_LOADING_TOLD_S = 0.2
 _MAX_QUEUED = 256  # computing messages; the pipeline's depth bounds them far below
 
 
@@ -85,7 +88,7 @@ class RankWorker:
 
     Args:
         host: the address of this machine that peers reach.
-        progress: of loading the weights, see ``load_model``; None logs it.
+        progress: of loading the weights, see ``load_model``; it is logged as well.
     """
 
     def __init__(self, rank: int, device: torch.device, host: str, progress: Progress | None = None) -> None:
@@ -93,7 +96,7 @@ class RankWorker:
         self.kv_receiver: KvReceiver | None = None
         self._device = device
         self._host = host
-        self._progress = progress or _LoadingLog(rank)
+        self._progress = progress
         self._config: LoadModel | None = None
         self._communicators: GroupCommunicators | None = None
         self._model: DecoderModel | None = None
@@ -203,7 +206,7 @@ class RankWorker:
             parallel,
             self.rank,
             self._communicators,
-            self._progress,
+            _LoadingReporter(self.rank, self._progress),
         )
         self._config = config
         if config.num_kv_blocks is not None:
@@ -248,17 +251,22 @@ class RankWorker:
         self._model = self._runner = None
 
 
-class _LoadingLog:
-    """Logs now and then how far a rank's weights are read; nothing when that takes no time."""
+class _LoadingReporter:
+    """Tells how far a rank's weights are read, from time to time and at the end; logs it if it takes long."""
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, progress: Progress | None) -> None:
         self._rank = rank
-        self._next = time.monotonic() + _LOADING_LOG_S
+        self._progress = progress
+        self._told_at = -math.inf
+        self._logged_at = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
-        if now >= self._next:
-            self._next = now + _LOADING_LOG_S
+        if self._progress is not None and (done == total or now - self._told_at >= _LOADING_TOLD_S):
+            self._told_at = now
+            self._progress(done, total)
+        if now - self._logged_at >= _LOADING_LOG_S:
+            self._logged_at = now
             logger.info("rank %d: %d of %d MiB of weights loaded", self._rank, done >> 20, total >> 20)
 
 
@@ -272,7 +280,12 @@ def run_rank(bootstrap: RankBootstrap) -> None:
         FuselineError: the rank failed; the first one has been told.
     """
     channel = StepChannel.connect(bootstrap.address, bootstrap.token, bootstrap.rank, CODEC)
-    worker = RankWorker(bootstrap.rank, torch.device(bootstrap.device), channel.local_host)
+    worker = RankWorker(
+        bootstrap.rank,
+        torch.device(bootstrap.device),
+        channel.local_host,
+        lambda done, total: channel.send(Loading(done, total)),
+    )
     inbox: queue.Queue[Job | None] = queue.Queue(_MAX_QUEUED)
     threading.Thread(target=_read, args=(channel, worker, inbox), name="rank-reader", daemon=True).start()
     while (job := inbox.get()) is not None:

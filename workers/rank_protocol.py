@@ -64,6 +64,14 @@ class LoadModel:
 
 
 @dataclass(frozen=True, slots=True)
+class Loading:
+    """Told now and then before ``Loaded``: so many bytes of weights are read, of so many that this rank reads."""
+
+    done_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Loaded:
     """The weights are in memory; so many KV blocks fit beside them, or were asked for."""
 
@@ -184,6 +192,7 @@ CallAnswer = CallDone | HandoffDone | CallFailed
 CODEC = MessageCodec(
     [
         LoadModel,
+        Loading,
         Loaded,
         AllocateCache,
         Ready,

@@ -86,8 +86,8 @@ def _show(seen: ClusterStatus) -> None:
     console.print(f"{seen.model}: {target}; up {seen.uptime_s:.0f} s; Fuseline {seen.version}", highlight=False)
     console.print(table)
     for replica in seen.replicas:
-        if replica.message:
-            console.print(f"{replica.worker_id}: {replica.message}", markup=False)
+        if told := "; ".join(filter(None, (replica.progress, replica.message))):
+            console.print(f"{replica.worker_id}: {told}", markup=False)
 
 
 def _row(replica: ReplicaStatus) -> tuple[str, ...]:

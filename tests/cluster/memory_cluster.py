@@ -9,7 +9,7 @@ from fuseline.cluster.cluster_config import ClusterConfig, PoolConfig
 from fuseline.cluster.cluster_service import ClusterControl
 from fuseline.cluster.controller import Controller
 from fuseline.cluster.membership import ReplicaState
-from fuseline.cluster.messages import ControllerStatus, ReplicaReport, WorkerSpec
+from fuseline.cluster.messages import ControllerStatus, Loading, ReplicaReport, WorkerSpec
 from fuseline.cluster.placement import Resources
 from fuseline.cluster.reconcile import Limits, Target
 from fuseline.runtime.errors import UnavailableError
@@ -26,6 +26,10 @@ class Worker:
     report: ReplicaReport
     load: int = 0
     changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def read(self, loading: Loading) -> None:
+        self.report = replace(self.report, version=self.report.version + 1, loading=loading)
+        self.changed.set()
 
     def become(self, state: ReplicaState, reason: str = "") -> None:
         self.report = replace(
@@ -67,6 +71,7 @@ class Cluster:
             "n",
             (),
             0,
+            Loading(),
             "",
         )
         self.workers[spec.worker_id] = Worker(spec, starting)

@@ -17,10 +17,11 @@ from fuseline.cluster import serving
 from fuseline.cluster.cluster_config import ClusterConfig, EngineLimits, PoolConfig
 from fuseline.cluster.cluster_service import ClusterService
 from fuseline.cluster.commands import app
+from fuseline.cluster.messages import Loading
 from fuseline.runtime.sampling_params import SamplingParams
 from fuseline.runtime.sharding import ParallelConfig
-from fuseline.tests.cluster.live_cluster import LiveCluster, live_cluster
-from fuseline.tests.cluster.memory_cluster import Cluster, reached, running
+from fuseline.tests.cluster.live_cluster import LiveCluster, gateway_over, live_cluster
+from fuseline.tests.cluster.memory_cluster import Cluster, reached, running, until
 
 PROMPT = "def read(path):\n"
 
@@ -169,6 +170,17 @@ async def test_generate_prints_the_text_and_tells_the_rest_apart(cluster: LiveCl
     assert both == (0, f"--- 0\n{first}\n--- 1\n{second}\n", "")
     assert too_long[:2] == (2, "")
     assert too_long[2].startswith("fuseline: the prompt has")
+
+
+async def test_status_shows_how_much_of_the_weights_is_read() -> None:
+    loading = Cluster(on_start=lambda worker: worker.read(Loading(10**9, 4 * 10**9)))
+    async with running(loading) as controller:
+        await until(controller, lambda status: all(row.loading.total_bytes for row in status.replicas))
+        async with gateway_over([], ClusterService(controller, stop=lambda: None)) as cluster:
+            table, told = await asyncio.gather(fuseline(cluster, "status"), fuseline(cluster, "status", "--json"))
+    assert table[1].count("starting") == 2
+    assert table[1].count(": 1.0 of 4.0 GB of weights read, 25 %\n") == 2
+    assert {replica["loaded_bytes"] for replica in json.loads(told[1])["replicas"]} == {10**9}
 
 
 async def test_an_operator_gets_by_on_the_shell(cluster: LiveCluster) -> None:

@@ -7,6 +7,7 @@ import pytest
 from fuseline.cluster import controller as controller_module
 from fuseline.cluster.controller import Controller
 from fuseline.cluster.membership import ReplicaState
+from fuseline.cluster.messages import Loading
 from fuseline.cluster.reconcile import Target
 from fuseline.runtime.errors import NotFoundError, ResourceExhaustedError
 from fuseline.runtime.role import WorkerRole
@@ -26,6 +27,16 @@ async def test_it_starts_what_the_configuration_asks_for() -> None:
             decode: (WorkerRole.DECODE, ReplicaState.READY, "127.0.0.1:1"),
         }
     assert cluster.num_started == 2
+
+
+async def test_status_tells_how_much_of_the_weights_is_read() -> None:
+    cluster = Cluster(on_start=lambda worker: None)
+    async with running(cluster) as controller:
+        status = await until(controller, lambda status: len(status.replicas) == 2)
+        worker_id = status.replicas[0].worker_id
+        cluster.workers[worker_id].read(Loading(3, 12))
+        status = await until(controller, lambda status: status.replicas[0].loading == Loading(3, 12))
+        assert status.replicas[1].loading == Loading()
 
 
 async def test_a_dead_worker_is_replaced_by_another_one_in_its_slot() -> None:
@@ -155,6 +166,19 @@ async def test_a_bug_ends_the_controller_rather_than_losing_a_replica() -> None:
     controller = Controller(CONFIG, Cluster(on_start=fail), Store(), LIMITS)
     with pytest.raises(RuntimeError, match="a bug"):
         await asyncio.wait_for(controller.run(), PROMPTLY_S)
+
+
+async def test_it_can_be_cancelled_just_as_it_is_woken() -> None:
+    """asyncio.wait_for, before Python 3.12, then forgets that it was cancelled."""
+    cluster = Cluster()
+    controller = Controller(CONFIG, cluster, Store(), LIMITS)
+    task = asyncio.create_task(controller.run())
+    await reached(controller)
+    controller._note_change()
+    task.cancel()
+    async with asyncio.timeout(PROMPTLY_S):
+        with pytest.raises(asyncio.CancelledError):
+            await task
 
 
 async def test_closing_ends_every_worker() -> None:

@@ -6,6 +6,7 @@ from fuseline.cluster.messages import (
     ControllerStatus,
     Count,
     Done,
+    Loading,
     ReplicaReport,
     ReplicaRow,
     WorkerSpec,
@@ -27,7 +28,7 @@ CONFIG = ClusterConfig(
 )
 SLOT = Slot(WorkerRole.DECODE, 2)
 MIXED, READY = WorkerRole.MIXED, ReplicaState.READY
-ROW = ReplicaRow("decode-2-ab", MIXED, READY, "127.0.0.1:1", "node", (1, 2), 3, 4.5, "why")
+ROW = ReplicaRow("decode-2-ab", MIXED, READY, "127.0.0.1:1", "node", (1, 2), 3, 4.5, Loading(5, 6), "why")
 
 
 @pytest.mark.parametrize(
@@ -35,7 +36,9 @@ ROW = ReplicaRow("decode-2-ab", MIXED, READY, "127.0.0.1:1", "node", (1, 2), 3, 
     [
         CONFIG,
         WorkerSpec("decode-2-ab", SLOT, MIXED, 1, CONFIG),
-        ReplicaReport(7, "decode-2-ab", SLOT, MIXED, READY, 1, 2.5, None, "127.0.0.1:1", "node", (1, 2), 3, ""),
+        ReplicaReport(
+            7, "decode-2-ab", SLOT, MIXED, READY, 1, 2.5, None, "127.0.0.1:1", "node", (1, 2), 3, Loading(5, 6), ""
+        ),
         ControllerStatus(5, CONFIG, Target(0, 3), (ROW,), 9.5, False, "boom"),
         MembershipView(2**40, (ReplicaInfo("a", MIXED, ReplicaState.DRAINING, "h:1"),)),
         Target(1, 2),

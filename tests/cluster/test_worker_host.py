@@ -10,7 +10,7 @@ import pytest
 from fuseline.cluster import worker_host
 from fuseline.cluster.cluster_config import ClusterConfig
 from fuseline.cluster.membership import ReplicaState
-from fuseline.cluster.messages import ReplicaReport, WorkerSpec
+from fuseline.cluster.messages import Loading, ReplicaReport, WorkerSpec
 from fuseline.cluster.reconcile import Slot
 from fuseline.cluster.worker_host import WorkerHost
 from fuseline.runtime.errors import ModelFormatError, UnavailableError
@@ -28,6 +28,7 @@ class Worker:
         self.role: WorkerRole | None = None
         self.stopped = False
         self.num_under_way = 1
+        self.read = Loading()
         self.may_start, self.broken, self.finished = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self.loop: Future[asyncio.AbstractEventLoop] = Future()
 
@@ -47,6 +48,9 @@ class Worker:
 
     def load(self) -> int:
         return self.num_under_way
+
+    def loading(self) -> Loading:
+        return self.read
 
     def pids(self) -> tuple[int, ...]:
         return (7, 8)
@@ -137,6 +141,20 @@ async def test_without_news_a_report_still_comes(monkeypatch: pytest.MonkeyPatch
     async with hosting(Worker()) as host:
         version = (await host.report(-1)).version
         assert (await host.report(version)).version == version
+
+
+async def test_what_is_read_is_told_while_it_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_host, "LOADING_S", 0.01)
+    worker = Worker()
+    async with hosting(worker) as host:
+        seen = await host.report(-1)
+        for loading in (Loading(10, 200), Loading(200, 200)):
+            worker.read = loading
+            version = seen.version
+            async with asyncio.timeout(PROMPTLY_S):
+                while seen.loading != loading:
+                    seen = await host.report(seen.version)
+            assert (seen.state, seen.version) == (ReplicaState.STARTING, version + 1)
 
 
 async def test_a_worker_can_be_stopped_while_it_starts_and_then_answers_no_more() -> None:

@@ -169,6 +169,10 @@ def test_loading_shows_progress(
     ModelGroup.start(group_config(tiny), progress=lambda done, total: told.append((done, total))).close()
     assert told == sorted(told)
     assert told[-1][0] == told[-1][1] > 100_000
+    alone = told[-1]
+    told.clear()
+    ModelGroup.start(group_config(tiny, tp=2), progress=lambda done, total: told.append((done, total))).close()
+    assert told[-1][0] == told[-1][1] > alone[1]  # both ranks' parts, of which some are the same
     monkeypatch.setattr(rank, "_LOADING_LOG_S", 0.0)
     with caplog.at_level("INFO"):
         ModelGroup.start(group_config(tiny)).close()

@@ -25,35 +25,35 @@ _sym_db = _symbol_database.Default()
 from . import worker_pb2 as fuseline_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x66useline/v1/cluster.proto\x12\x0b\x66useline.v1\x1a\x18\x66useline/v1/worker.proto\"\x87\x01\n\nPoolTarget\x12%\n\x04role\x18\x01 \x01(\x0e\x32\x17.fuseline.v1.WorkerRole\x12\x14\n\x0cnum_replicas\x18\x02 \x01(\r\x12\x1c\n\x14tensor_parallel_size\x18\x03 \x01(\r\x12\x1e\n\x16pipeline_parallel_size\x18\x04 \x01(\r\"\x85\x02\n\rReplicaStatus\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12%\n\x04role\x18\x02 \x01(\x0e\x32\x17.fuseline.v1.WorkerRole\x12(\n\x05state\x18\x03 \x01(\x0e\x32\x19.fuseline.v1.ReplicaState\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x0c\n\x04node\x18\x05 \x01(\t\x12\x0c\n\x04pids\x18\x06 \x03(\r\x12\x14\n\x0cnum_restarts\x18\x07 \x01(\r\x12\r\n\x05\x61ge_s\x18\x08 \x01(\x01\x12-\n\x08snapshot\x18\t \x01(\x0b\x32\x1b.fuseline.v1.WorkerSnapshot\x12\x0f\n\x07message\x18\n \x01(\t\"\x98\x01\n\rClusterStatus\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\'\n\x06target\x18\x03 \x03(\x0b\x32\x17.fuseline.v1.PoolTarget\x12,\n\x08replicas\x18\x04 \x03(\x0b\x32\x1a.fuseline.v1.ReplicaStatus\x12\x10\n\x08uptime_s\x18\x05 \x01(\x01\"\x12\n\x10GetStatusRequest\"\xa0\x01\n\x10SetTargetRequest\x12\x35\n\x05sizes\x18\x01 \x03(\x0b\x32&.fuseline.v1.SetTargetRequest.PoolSize\x12\x0c\n\x04wait\x18\x02 \x01(\x08\x1aG\n\x08PoolSize\x12%\n\x04role\x18\x01 \x01(\x0e\x32\x17.fuseline.v1.WorkerRole\x12\x14\n\x0cnum_replicas\x18\x02 \x01(\r\"!\n\x0c\x44rainRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"!\n\rDrainResponse\x12\x10\n\x08num_left\x18\x01 \x01(\r\"\r\n\x0bStopRequest\"\x0e\n\x0cStopResponse*\x98\x01\n\x0cReplicaState\x12\x1d\n\x19REPLICA_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16REPLICA_STATE_STARTING\x10\x01\x12\x17\n\x13REPLICA_STATE_READY\x10\x02\x12\x1a\n\x16REPLICA_STATE_DRAINING\x10\x03\x12\x18\n\x14REPLICA_STATE_FAILED\x10\x04\x32\x96\x02\n\x07\x43luster\x12\x46\n\tGetStatus\x12\x1d.fuseline.v1.GetStatusRequest\x1a\x1a.fuseline.v1.ClusterStatus\x12\x46\n\tSetTarget\x12\x1d.fuseline.v1.SetTargetRequest\x1a\x1a.fuseline.v1.ClusterStatus\x12>\n\x05\x44rain\x12\x19.fuseline.v1.DrainRequest\x1a\x1a.fuseline.v1.DrainResponse\x12;\n\x04Stop\x12\x18.fuseline.v1.StopRequest\x1a\x19.fuseline.v1.StopResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x66useline/v1/cluster.proto\x12\x0b\x66useline.v1\x1a\x18\x66useline/v1/worker.proto\"\x87\x01\n\nPoolTarget\x12%\n\x04role\x18\x01 \x01(\x0e\x32\x17.fuseline.v1.WorkerRole\x12\x14\n\x0cnum_replicas\x18\x02 \x01(\r\x12\x1c\n\x14tensor_parallel_size\x18\x03 \x01(\r\x12\x1e\n\x16pipeline_parallel_size\x18\x04 \x01(\r\"\xb0\x02\n\rReplicaStatus\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12%\n\x04role\x18\x02 \x01(\x0e\x32\x17.fuseline.v1.WorkerRole\x12(\n\x05state\x18\x03 \x01(\x0e\x32\x19.fuseline.v1.ReplicaState\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x0c\n\x04node\x18\x05 \x01(\t\x12\x0c\n\x04pids\x18\x06 \x03(\r\x12\x14\n\x0cnum_restarts\x18\x07 \x01(\r\x12\r\n\x05\x61ge_s\x18\x08 \x01(\x01\x12-\n\x08snapshot\x18\t \x01(\x0b\x32\x1b.fuseline.v1.WorkerSnapshot\x12\x0f\n\x07message\x18\n \x01(\t\x12\x14\n\x0cloaded_bytes\x18\x0b \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x0c \x01(\x04\"\x98\x01\n\rClusterStatus\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\'\n\x06target\x18\x03 \x03(\x0b\x32\x17.fuseline.v1.PoolTarget\x12,\n\x08replicas\x18\x04 \x03(\x0b\x32\x1a.fuseline.v1.ReplicaStatus\x12\x10\n\x08uptime_s\x18\x05 \x01(\x01\"\x12\n\x10GetStatusRequest\"\xa0\x01\n\x10SetTargetRequest\x12\x35\n\x05sizes\x18\x01 \x03(\x0b\x32&.fuseline.v1.SetTargetRequest.PoolSize\x12\x0c\n\x04wait\x18\x02 \x01(\x08\x1aG\n\x08PoolSize\x12%\n\x04role\x18\x01 \x01(\x0e\x32\x17.fuseline.v1.WorkerRole\x12\x14\n\x0cnum_replicas\x18\x02 \x01(\r\"!\n\x0c\x44rainRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"!\n\rDrainResponse\x12\x10\n\x08num_left\x18\x01 \x01(\r\"\r\n\x0bStopRequest\"\x0e\n\x0cStopResponse*\x98\x01\n\x0cReplicaState\x12\x1d\n\x19REPLICA_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16REPLICA_STATE_STARTING\x10\x01\x12\x17\n\x13REPLICA_STATE_READY\x10\x02\x12\x1a\n\x16REPLICA_STATE_DRAINING\x10\x03\x12\x18\n\x14REPLICA_STATE_FAILED\x10\x04\x32\x96\x02\n\x07\x43luster\x12\x46\n\tGetStatus\x12\x1d.fuseline.v1.GetStatusRequest\x1a\x1a.fuseline.v1.ClusterStatus\x12\x46\n\tSetTarget\x12\x1d.fuseline.v1.SetTargetRequest\x1a\x1a.fuseline.v1.ClusterStatus\x12>\n\x05\x44rain\x12\x19.fuseline.v1.DrainRequest\x1a\x1a.fuseline.v1.DrainResponse\x12;\n\x04Stop\x12\x18.fuseline.v1.StopRequest\x1a\x19.fuseline.v1.StopResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'fuseline.v1.cluster_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_REPLICASTATE']._serialized_start=910
-  _globals['_REPLICASTATE']._serialized_end=1062
+  _globals['_REPLICASTATE']._serialized_start=953
+  _globals['_REPLICASTATE']._serialized_end=1105
   _globals['_POOLTARGET']._serialized_start=69
   _globals['_POOLTARGET']._serialized_end=204
   _globals['_REPLICASTATUS']._serialized_start=207
-  _globals['_REPLICASTATUS']._serialized_end=468
-  _globals['_CLUSTERSTATUS']._serialized_start=471
-  _globals['_CLUSTERSTATUS']._serialized_end=623
-  _globals['_GETSTATUSREQUEST']._serialized_start=625
-  _globals['_GETSTATUSREQUEST']._serialized_end=643
-  _globals['_SETTARGETREQUEST']._serialized_start=646
-  _globals['_SETTARGETREQUEST']._serialized_end=806
-  _globals['_SETTARGETREQUEST_POOLSIZE']._serialized_start=735
-  _globals['_SETTARGETREQUEST_POOLSIZE']._serialized_end=806
-  _globals['_DRAINREQUEST']._serialized_start=808
-  _globals['_DRAINREQUEST']._serialized_end=841
-  _globals['_DRAINRESPONSE']._serialized_start=843
-  _globals['_DRAINRESPONSE']._serialized_end=876
-  _globals['_STOPREQUEST']._serialized_start=878
-  _globals['_STOPREQUEST']._serialized_end=891
-  _globals['_STOPRESPONSE']._serialized_start=893
-  _globals['_STOPRESPONSE']._serialized_end=907
-  _globals['_CLUSTER']._serialized_start=1065
-  _globals['_CLUSTER']._serialized_end=1343
+  _globals['_REPLICASTATUS']._serialized_end=511
+  _globals['_CLUSTERSTATUS']._serialized_start=514
+  _globals['_CLUSTERSTATUS']._serialized_end=666
+  _globals['_GETSTATUSREQUEST']._serialized_start=668
+  _globals['_GETSTATUSREQUEST']._serialized_end=686
+  _globals['_SETTARGETREQUEST']._serialized_start=689
+  _globals['_SETTARGETREQUEST']._serialized_end=849
+  _globals['_SETTARGETREQUEST_POOLSIZE']._serialized_start=778
+  _globals['_SETTARGETREQUEST_POOLSIZE']._serialized_end=849
+  _globals['_DRAINREQUEST']._serialized_start=851
+  _globals['_DRAINREQUEST']._serialized_end=884
+  _globals['_DRAINRESPONSE']._serialized_start=886
+  _globals['_DRAINRESPONSE']._serialized_end=919
+  _globals['_STOPREQUEST']._serialized_start=921
+  _globals['_STOPREQUEST']._serialized_end=934
+  _globals['_STOPRESPONSE']._serialized_start=936
+  _globals['_STOPRESPONSE']._serialized_end=950
+  _globals['_CLUSTER']._serialized_start=1108
+  _globals['_CLUSTER']._serialized_end=1386
 # @@protoc_insertion_point(module_scope)

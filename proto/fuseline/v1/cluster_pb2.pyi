@@ -34,7 +34,7 @@ class PoolTarget(_message.Message):
     def __init__(self, role: _Optional[_Union[_worker_pb2.WorkerRole, str]] = ..., num_replicas: _Optional[int] = ..., tensor_parallel_size: _Optional[int] = ..., pipeline_parallel_size: _Optional[int] = ...) -> None: ...
 
 class ReplicaStatus(_message.Message):
-    __slots__ = ("worker_id", "role", "state", "address", "node", "pids", "num_restarts", "age_s", "snapshot", "message")
+    __slots__ = ("worker_id", "role", "state", "address", "node", "pids", "num_restarts", "age_s", "snapshot", "message", "loaded_bytes", "total_bytes")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -45,6 +45,8 @@ class ReplicaStatus(_message.Message):
     AGE_S_FIELD_NUMBER: _ClassVar[int]
     SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    LOADED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     role: _worker_pb2.WorkerRole
     state: ReplicaState
@@ -55,7 +57,9 @@ class ReplicaStatus(_message.Message):
     age_s: float
     snapshot: _worker_pb2.WorkerSnapshot
     message: str
-    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[_Union[_worker_pb2.WorkerRole, str]] = ..., state: _Optional[_Union[ReplicaState, str]] = ..., address: _Optional[str] = ..., node: _Optional[str] = ..., pids: _Optional[_Iterable[int]] = ..., num_restarts: _Optional[int] = ..., age_s: _Optional[float] = ..., snapshot: _Optional[_Union[_worker_pb2.WorkerSnapshot, _Mapping]] = ..., message: _Optional[str] = ...) -> None: ...
+    loaded_bytes: int
+    total_bytes: int
+    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[_Union[_worker_pb2.WorkerRole, str]] = ..., state: _Optional[_Union[ReplicaState, str]] = ..., address: _Optional[str] = ..., node: _Optional[str] = ..., pids: _Optional[_Iterable[int]] = ..., num_restarts: _Optional[int] = ..., age_s: _Optional[float] = ..., snapshot: _Optional[_Union[_worker_pb2.WorkerSnapshot, _Mapping]] = ..., message: _Optional[str] = ..., loaded_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ...) -> None: ...
 
 class ClusterStatus(_message.Message):
     __slots__ = ("model", "version", "target", "replicas", "uptime_s")

@@ -1,0 +1,32 @@
+"""What ``fuseline serve`` tells while its replicas come up."""
+
+from __future__ import annotations
+
+from .membership import ReplicaState
+from .messages import ControllerStatus
+from .status import progress_text
+
+NEWS_S = 2.0  # between two lines about bytes read
+
+
+class StartNews:
+    """What is new of replicas that come up: every change of their states at once, bytes read every NEWS_S."""
+
+    def __init__(self) -> None:
+        self._states = ""
+        self._line = ""
+        self._told_at = 0.0
+
+    def news(self, status: ControllerStatus, now: float) -> str:
+        """A line, or nothing if there is nothing to say yet."""
+        num_wanted = status.target.prefill + status.target.decode
+        num_ready = sum(replica.state is ReplicaState.READY for replica in status.replicas)
+        troubles = "".join(f"; {r.worker_id}: {r.message}" for r in status.replicas if r.message and r.num_restarts)
+        states = f"{num_ready} of {num_wanted} workers ready{troubles}"
+        loading = [replica.loading for replica in status.replicas if replica.state is ReplicaState.STARTING]
+        read = progress_text(sum(x.done_bytes for x in loading), sum(x.total_bytes for x in loading))
+        line = f"loading on {status.config.device}: " + "; ".join(filter(None, (read, states)))
+        if line == self._line or (states == self._states and now - self._told_at < NEWS_S):
+            return ""
+        self._states, self._line, self._told_at = states, line, now
+        return line
