@@ -137,8 +137,11 @@ async def test_a_slow_reader_finds_everything_as_one_output() -> None:
 
 async def test_no_steps_and_no_wakeups_while_there_is_nothing_to_do() -> None:
     async with running() as s:
+        told = asyncio.Event()
+        s.thread.watchers.add(told)
         await s.thread.open_stream("r")
         await s.thread.reserve(request("r", phase=Phase.DECODE))
+        await told.wait()  # the last that there is to say of the reservation
         wakeups = 0
         call_soon = s.thread._loop.call_soon_threadsafe
 
