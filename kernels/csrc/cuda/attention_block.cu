@@ -1,0 +1,231 @@
+// The attention block: RMSNorm of residual + delta, QKV, head norms, rotary embedding, KV append, paged attention,
+// output projection. One kernel; weights are read once for the whole batch, and a row's KV once.
+//
+// Three streams follow one another through every warp's ring without a gap: units of QKV, KV tiles, units of the output
+// projection. Queries meet keys after a grid barrier, and so do attended heads and the output projection; while a warp
+// waits there its ring fills with what it needs next, none of which depends on what it waits for.
+//
+//   QKV     a cluster takes units, its CTAs slices of their columns; sums are exchanged on chip (linear.cuh, qkv.cuh)
+//   KV      a cluster takes nodes of sequences, its warps tiles; states are folded on chip (kv_*.cuh)
+//   output  as QKV, from the attended heads of all clusters
+//
+// Partial sums of the output projection per KV head would need no second barrier, but an exchange of num_kv_heads times
+// batch * hidden floats at the kernel's end, where no stream hides it, or atomics.
+#include "activations.cuh"
+#include "api.h"
+#include "launch.h"
+#include "paged_attention.cuh"
+#include "prefetch.cuh"
+#include "qkv.cuh"
+
+namespace fuseline {
+namespace {
+
+// Query heads of a KV head are cut into equal parts of at most ATTN_GROUP_HEADS; a group is a part of a KV head's.
+struct HeadGroups {
+    int32_t per_kv, parts, per_part, count;
+
+    __host__ __device__ explicit HeadGroups(const fl_attention_args& args) {
+        per_kv = args.num_heads / args.num_kv_heads;
+        parts = (per_kv + ATTN_GROUP_HEADS - 1) / ATTN_GROUP_HEADS;
+        per_part = (per_kv + parts - 1) / parts;
+        count = args.num_kv_heads * parts;
+    }
+};
+
+__host__ __device__ CombineShape combine_shape(const fl_attention_args& args) {
+    return CombineShape::of(args.head_dim, HeadGroups(args).per_part, args.launch.cluster);
+}
+
+// Shared memory of a CTA, in order; the barriers are the ring's, then those of the rest. x of QKV, the slots that fold
+// softmax states, and x of the output projection follow one another in `phase`.
+struct AttentionLayout {
+    uint32_t reduce, sums, plan, phase, ring, end;
+
+    __host__ __device__ explicit AttentionLayout(const fl_attention_args& args) {
+        const uint32_t cluster = args.launch.cluster, batch = args.batch;
+        reduce = 1024;
+        sums = reduce + LINEAR_WARPS * UnitReduce::slot_bytes(batch, cluster);
+        plan = sums + RowScales::bytes(cluster);
+        phase = divide_up(plan + sizeof(KvPlan), 16) * 16;
+        const uint32_t x =
+            max(x_bytes(batch, args.hidden, cluster), x_bytes(batch, args.num_heads * args.head_dim, cluster));
+        ring = phase + max(x, static_cast<uint32_t>(combine_shape(args).bytes()));
+        ring = divide_up(ring, 128) * 128;
+        end = ring + LINEAR_WARPS * args.launch.stages * ATTN_SLOT_BYTES;
+    }
+};
+
+// Global memory between the phases. What must be zero at first comes first, where it does not depend on the batch.
+struct AttentionWorkspace {
+    static constexpr int64_t kBarrierBytes = 256;
+    int64_t squares, keys, values, queries, attended, partials, end;
+
+    __host__ __device__ explicit AttentionWorkspace(const fl_attention_args& args) {
+        const int64_t batch = args.batch, dim = args.head_dim, groups = HeadGroups(args).count;
+        const CombineShape shape = combine_shape(args);
+        const int32_t longest = args.table_width * args.block_size;
+        const int64_t nodes = min(longest / ATTN_NODE_TOKENS + 2, ATTN_MAX_NODES + 1);
+        squares = kBarrierBytes + ATTN_MAX_BATCH * groups * MAX_CLUSTER * 4;
+        keys = squares + batch * (args.num_heads + args.num_kv_heads) * (dim / 16) * 4;
+        values = keys + batch * args.num_kv_heads * dim * 4;
+        queries = values + batch * args.num_kv_heads * dim * 4;
+        attended = queries + batch * args.num_heads * dim * 2;
+        partials = attended + batch * args.num_heads * dim * 2;
+        end = partials + batch * nodes * groups * shape.cluster * shape.part_vectors() * 16;
+    }
+};
+
+template <class T>
+__device__ T* at(const fl_attention_args& args, int64_t offset) {
+    return reinterpret_cast<T*>(static_cast<unsigned char*>(args.workspace) + offset);
+}
+
+template <int D, int kTiles>
+__global__ void __launch_bounds__(LINEAR_THREADS, 1) attention_block(const __grid_constant__ fl_attention_args args) {
+    FL_DYNAMIC_SHARED(smem);
+    const AttentionLayout layout(args);
+    const AttentionWorkspace workspace(args);
+    const HeadGroups groups(args);
+    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, stages = args.launch.stages;
+    const uint32_t cluster = args.launch.cluster, rank = ptx::cluster_rank();
+    const uint32_t index = blockIdx.x / cluster, num_clusters = args.launch.num_clusters;
+    const uint32_t batch = args.batch, hidden = args.hidden, attended_cols = args.num_heads * D;
+    uint64_t* barriers = reinterpret_cast<uint64_t*>(smem);
+    uint64_t* after_rings = barriers + LINEAR_WARPS * stages;
+    unsigned char* phase = smem + layout.phase;
+
+    Ring ring(smem + layout.ring + warp * stages * ATTN_SLOT_BYTES, ATTN_SLOT_BYTES, barriers + warp * stages, stages);
+    UnitReduce reduce(smem + layout.reduce + warp * UnitReduce::slot_bytes(batch, cluster), after_rings + warp, cluster,
+                      rank);
+    const RowScales scales(smem + layout.sums, after_rings + LINEAR_WARPS, cluster, rank);
+    const KvCombine<D> combine(phase, after_rings + LINEAR_WARPS + 2, combine_shape(args));
+    const uint32_t x_ready = ptx::shared_address(after_rings + LINEAR_WARPS + 1);
+    if (lane == 0) {
+        ring.init();
+        reduce.init();
+        if (warp == 0) {
+            scales.init(batch);
+            combine.init();
+            ptx::mbarrier_init(x_ready, 1);
+        }
+        ptx::fence_mbarrier_init();
+    }
+    __syncthreads();
+    ptx::cluster_arrive_relaxed();
+
+    const Slice hidden_slice = slice_of(hidden, rank, cluster), attended_slice = slice_of(attended_cols, rank, cluster);
+    const uint32_t qkv_units = (args.num_heads + 2 * args.num_kv_heads) * (D / UNIT_ROWS);
+    const Units qkv = units_of(args.qkv, qkv_units, hidden, index, num_clusters, hidden_slice);
+    const Units out = units_of(args.out, hidden / UNIT_ROWS, attended_cols, index, num_clusters, attended_slice);
+    UnitSource qkv_source(qkv);
+    ring.refill(qkv_source);
+
+    ptx::cluster_wait();
+    ptx::grid_wait();
+    ptx::grid_launch_dependents();
+    load_normed(phase, {args.residual, args.delta, args.norm, args.residual_out, hidden}, batch, hidden_slice, scales,
+                index, num_clusters);
+    KvPlan& plan = *reinterpret_cast<KvPlan*>(smem + layout.plan);
+    if (warp == LINEAR_WARPS - 1) {
+        plan_kv(plan, args.context_lens, batch, args.window);
+    }
+    __syncthreads();
+
+    const KvCache cache{args.kv,           args.num_blocks * args.num_kv_heads * args.block_size * D,
+                        args.block_tables, args.table_width,
+                        args.num_kv_heads, args.block_size,
+                        groups.parts};
+    const int32_t state_index = warp * cluster + rank, num_states = LINEAR_WARPS * cluster;
+    KvWalk<D> walk(plan, args.window, groups.count, index, num_clusters);
+    Chained<UnitSource, Chained<KvSource<D>, UnitSource>> source{
+        qkv_source, {KvSource<D>(walk, cache, state_index, num_states, ptx::evict_first_policy()), UnitSource(out)}};
+    ring.refill(source);
+    const ProjectedBuffers buffers{at<uint16_t>(args, workspace.queries), at<float>(args, workspace.keys),
+                                   at<float>(args, workspace.values), at<float>(args, workspace.squares)};
+    project<kTiles>(ring, source, qkv, XRows<kTiles>(phase, batch, hidden_slice), batch, reduce,
+                    QkvEpilogue<D>{args, scales, buffers});
+    scales.wait();
+    grid_barrier(static_cast<uint32_t*>(args.workspace));
+
+    const ProjectedRows projected{
+        buffers.queries, buffers.keys,    buffers.values, args.q_norm == nullptr ? nullptr : buffers.squares,
+        args.num_heads,  groups.per_part, args.scale,     args.eps};
+    const AttendedRows rows{at<uint16_t>(args, workspace.attended), at<float4>(args, workspace.partials),
+                            at<uint32_t>(args, AttentionWorkspace::kBarrierBytes), args.num_heads, groups.count};
+    WarpAttention<D>{projected, cache, rows, combine, state_index, num_states}.run(walk, ring, source);
+    ptx::fence_proxy_async_global();
+    grid_barrier(static_cast<uint32_t*>(args.workspace));
+
+    if (warp == 0) {
+        load_rows(phase, rows.attended, batch, attended_cols, attended_slice, x_ready);
+    }
+    prefetch_share(args.prefetch, args.prefetch_bytes);
+    ptx::mbarrier_wait(x_ready, 0);
+    const auto store = [&](uint32_t unit, int n, const float (&c)[4]) {
+#pragma unroll
+        for (uint32_t i = 0; i < 4; ++i) {
+            const uint32_t token = 8 * n + lane % 4 * 2 + i % 2, row = UNIT_ROWS * unit + lane / 4 + i / 2 * 8;
+            if (token < batch) {
+                args.delta_out[static_cast<uint64_t>(token) * hidden + row] = c[i] + bf16_or(args.out_bias, row, 0.0f);
+            }
+        }
+    };
+    project<kTiles>(ring, source, out, XRows<kTiles>(phase, batch, attended_slice), batch, reduce, store);
+}
+
+using Kernel = void (*)(fl_attention_args);
+
+template <int D>
+Kernel kernel_for(uint32_t batch) {
+    return batch <= 8    ? attention_block<D, 1>
+           : batch <= 16 ? attention_block<D, 2>
+           : batch <= 32 ? attention_block<D, 4>
+                         : attention_block<D, 8>;
+}
+
+Kernel kernel_for(const fl_attention_args& args) {
+    return args.head_dim == 64 ? kernel_for<64>(args.batch) : kernel_for<128>(args.batch);
+}
+
+bool valid(const fl_attention_args& args) {
+    const fl_launch& launch = args.launch;
+    return args.version == FL_CUDA_API && args.batch >= 1 && args.batch <= ATTN_MAX_BATCH &&
+           (args.head_dim == 64 || args.head_dim == 128) && args.num_kv_heads >= 1 && args.num_heads >= 1 &&
+           args.num_heads % args.num_kv_heads == 0 && args.block_size >= 8 &&
+           (args.block_size & (args.block_size - 1)) == 0 && args.table_width >= 1 && args.window >= 0 &&
+           launch.cluster >= 1 && launch.cluster <= args.head_dim / 16 &&
+           (launch.cluster & (launch.cluster - 1)) == 0 && launch.num_clusters >= 1 && launch.stages >= 1 &&
+           launch.stages <= MAX_STAGES && args.hidden % SLICE_COLS == 0 && args.hidden >= SLICE_COLS * launch.cluster;
+}
+
+LaunchShape shape_of(const fl_attention_args& args) {
+    return {static_cast<uint32_t>(args.launch.num_clusters),
+            static_cast<uint32_t>(args.launch.cluster),
+            LINEAR_THREADS,
+            AttentionLayout(args).end,
+            args.launch.dependent != 0,
+            args.stream};
+}
+
+} // namespace
+} // namespace fuseline
+
+using namespace fuseline;
+
+int64_t fl_cuda_attention_workspace(const fl_attention_args* args) {
+    return AttentionWorkspace(*args).end;
+}
+
+int fl_cuda_attention_limits(const fl_attention_args* args, fl_limits* limits) {
+    if (!valid(*args)) {
+        return kInvalidValue;
+    }
+    const LaunchShape shape = shape_of(*args);
+    limits->shared_bytes = static_cast<int32_t>(shape.shared_bytes);
+    return max_clusters(kernel_for(*args), shape, &limits->max_clusters);
+}
+
+int fl_cuda_attention_block(const fl_attention_args* args) {
+    return valid(*args) ? launch("attention_block", kernel_for(*args), *args, shape_of(*args)) : kInvalidValue;
+}
