@@ -44,18 +44,26 @@ def unpack(packed: Tensor, num_rows: int) -> Tensor:
     return parts.permute(0, 5, 2, 1, 4, 3, 6).reshape(units * UNIT_ROWS, steps * STEP_COLS)[:num_rows]
 
 
-def interleave_gate_up(gate_up: Tensor) -> Tensor:
-    """Rows of gate then of up [2 * n, ...], as units of eight of gate and the same eight of up.
+def interleave_halves(weight: Tensor, group_rows: int) -> Tensor:
+    """Each group's rows as units of eight of its lower half and the same eight of its upper half.
 
-    A lane then holds gate and up of the same element, in row ``g`` and row ``g + 8`` of its fragment.
+    A lane then holds row i of the lower half and row i of the upper one, in rows ``g`` and ``g + 8`` of its fragment:
+    gate and up of an element when the group is all of gate and up, or a head's two dimensions that are rotated
+    together when it is a head.
+
+    Args:
+        weight: [n * group_rows, ...].
+
+    Raises:
+        KernelArgumentError: half a group is no multiple of eight rows.
     """
-    half = gate_up.shape[0] // 2
-    if half % 8:
-        raise KernelArgumentError(f"{half} rows of gate cannot be interleaved with up; they must be a multiple of 8")
-    return gate_up.view(2, half // 8, 8, *gate_up.shape[1:]).transpose(0, 1).reshape(gate_up.shape)
+    if group_rows % 16 or weight.shape[0] % group_rows:
+        raise KernelArgumentError(f"{weight.shape[0]} rows cannot be interleaved in groups of {group_rows}")
+    parts = weight.view(-1, 2, group_rows // 16, 8, *weight.shape[1:])
+    return parts.transpose(1, 2).reshape(weight.shape)
 
 
-def separate_gate_up(interleaved: Tensor) -> Tensor:
-    """The inverse of ``interleave_gate_up``."""
-    half = interleaved.shape[0] // 2
-    return interleaved.view(half // 8, 2, 8, *interleaved.shape[1:]).transpose(0, 1).reshape(interleaved.shape)
+def separate_halves(interleaved: Tensor, group_rows: int) -> Tensor:
+    """The inverse of ``interleave_halves``."""
+    parts = interleaved.view(-1, group_rows // 16, 2, 8, *interleaved.shape[1:])
+    return parts.transpose(1, 2).reshape(interleaved.shape)

@@ -36,18 +36,21 @@ def test_unpacking_gives_the_weight_back(rows: int, steps: int) -> None:
     assert not packing.unpack(packed, packed.shape[0] * 16)[rows:].any()
 
 
-def test_gate_and_up_of_an_element_are_rows_g_and_g_plus_8_of_a_unit() -> None:
-    gate_up = numbered(48, 16)
-    interleaved = packing.interleave_gate_up(gate_up)
-    assert torch.equal(packing.separate_gate_up(interleaved), gate_up)
-    for element in range(24):
-        row = 16 * (element // 8) + element % 8
-        assert torch.equal(interleaved[row], gate_up[element])
-        assert torch.equal(interleaved[row + 8], gate_up[24 + element])
+@pytest.mark.parametrize(("rows", "group_rows"), [(48, 48), (256, 64), (384, 128)])
+def test_halves_of_a_group_are_rows_g_and_g_plus_8_of_units(rows: int, group_rows: int) -> None:
+    weight = numbered(rows, 16)
+    interleaved = packing.interleave_halves(weight, group_rows)
+    assert torch.equal(packing.separate_halves(interleaved, group_rows), weight)
+    for group in range(0, rows, group_rows):
+        for element in range(group_rows // 2):
+            row = group + 16 * (element // 8) + element % 8
+            assert torch.equal(interleaved[row], weight[group + element])
+            assert torch.equal(interleaved[row + 8], weight[group + group_rows // 2 + element])
 
 
-@pytest.mark.parametrize(("pack", "shape"), [(packing.pack, (16, 24)), (packing.interleave_gate_up, (24, 16))])
-def test_shapes_that_do_not_divide_are_refused(pack: object, shape: tuple[int, int]) -> None:
-    assert callable(pack)
+def test_shapes_that_do_not_divide_are_refused() -> None:
     with pytest.raises(KernelArgumentError, match="multiple"):
-        pack(torch.zeros(shape))
+        packing.pack(torch.zeros(16, 24))
+    for rows, group_rows in ((24, 24), (48, 32)):
+        with pytest.raises(KernelArgumentError, match="groups"):
+            packing.interleave_halves(torch.zeros(rows, 16), group_rows)

@@ -1,0 +1,155 @@
+"""How a block is spread over the GPU: cluster size, clusters, stages; and its scratch memory.
+
+The cluster size decides the order of sums, so it depends on a layer's shape only, never on the batch: a row keeps its
+bits. A batch that does not fit at that size is run in parts. Everything else is free, and chosen by a model of the
+memory's latency and bandwidth; ``python -m benchmarks.gpu --parts tune`` says how well it chooses.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import KernelArgumentError, LaunchError
+from .layout import MAX_SHARED_BYTES, MULTIPROCESSOR_SHARED_BYTES, RESERVED_SHARED_BYTES, tiles, units_of
+from .library import CudaLibrary
+
+# In this order, the first at which the largest batch fits: few CTAs share an exchange, many share x.
+CLUSTERS = (4, 8, 2, 1)
+# Enough to keep the memory busy (see bytes_in_flight_needed); with less a batch is rather cut in two.
+MIN_STAGES = 3
+# Of an H200, for choosing among launches; a wrong figure costs time, not results.
+BYTES_PER_S = 4.3e12
+LATENCY_S = 0.8e-6
+MAX_SCRATCH = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What ``fl_launch`` holds, and the most tokens that one launch takes."""
+
+    cluster: int
+    num_clusters: int
+    stages: int
+    max_batch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One block of one shape on one device, and how to ask the library about it.
+
+    Attributes:
+        name: of the library's functions, as in fl_cuda_<name>_limits.
+        phases: rows and columns of the weights that are streamed one after the other.
+        arguments: an argument struct for a batch, its launch not filled in.
+    """
+
+    name: str
+    phases: tuple[tuple[int, int], ...]
+    arguments: Callable[[int], ctypes.Structure]
+
+
+def plan_launch(library: CudaLibrary, problem: Problem, batch: int) -> Launch:
+    """Choose for a batch on the current device.
+
+    Raises:
+        KernelArgumentError: the block fits in no way, even for one token.
+        LaunchError: the device cannot run it.
+    """
+    cluster, max_batch = _choose_cluster(library, problem)
+    taken = min(batch, max_batch)
+    budget = MULTIPROCESSOR_SHARED_BYTES // 2 - RESERVED_SHARED_BYTES
+    stages = _most_stages(library, problem, taken, cluster, budget)
+    if stages < MIN_STAGES:  # not even half: one CTA gets all
+        stages = _most_stages(library, problem, taken, cluster, MAX_SHARED_BYTES)
+    resident = _limits(library, problem, taken, cluster, stages).max_clusters
+    if resident < 1:
+        raise LaunchError(f"fl_cuda_{problem.name}: no cluster of {cluster} CTAs fits this device")
+    num_clusters = min(
+        range(max(1, resident // 2), resident + 1),
+        key=lambda clusters: predicted_s(problem.phases, clusters, cluster, stages),
+    )
+    return Launch(cluster, num_clusters, stages, max_batch)
+
+
+def predicted_s(phases: Sequence[tuple[int, int]], num_clusters: int, cluster: int, stages: int) -> float:
+    """Seconds that streaming the phases' weights takes.
+
+    All warps stream at the memory's speed or at what they have in flight; then those with a unit more than others
+    finish alone.
+    """
+    sizes = tiles()
+    warps = num_clusters * cluster * sizes["LINEAR_WARPS"]
+    warp_bytes_per_s = stages * sizes["PIECE_BYTES"] / LATENCY_S
+    total = 0.0
+    for rows, cols in phases:
+        units = rows // sizes["UNIT_ROWS"]
+        busiest = max(len(units_of(units, index, num_clusters, 0)) for index in range(num_clusters))
+        mean = units / (num_clusters * sizes["LINEAR_WARPS"])
+        alone_bytes = (busiest - mean) * 2 * sizes["UNIT_ROWS"] * cols / cluster
+        total += 2 * rows * cols / min(BYTES_PER_S, warps * warp_bytes_per_s) + alone_bytes / warp_bytes_per_s
+    return total
+
+
+def shared_bytes(library: CudaLibrary, problem: Problem, batch: int, cluster: int, stages: int) -> int:
+    """Shared memory of a CTA, or more than there is where a launch is not possible; needs no driver."""
+    found: int = _limits(library, problem, batch, cluster, stages).shared_bytes
+    return found or MAX_SHARED_BYTES + 1
+
+
+def _choose_cluster(library: CudaLibrary, problem: Problem) -> tuple[int, int]:
+    """The cluster size of a shape, and the largest power of two of tokens that fits with it."""
+    batch = tiles()["MAX_BATCH"]
+    while batch:
+        for cluster in CLUSTERS:
+            if shared_bytes(library, problem, batch, cluster, MIN_STAGES) <= MAX_SHARED_BYTES:
+                return cluster, batch
+        batch //= 2
+    raise KernelArgumentError(f"{problem.name}: weights {problem.phases} fit no cluster")
+
+
+def _most_stages(library: CudaLibrary, problem: Problem, batch: int, cluster: int, budget: int) -> int:
+    fitting = (
+        stages
+        for stages in range(tiles()["MAX_STAGES"], 0, -1)
+        if shared_bytes(library, problem, batch, cluster, stages) <= budget
+    )
+    return next(fitting, 0)
+
+
+def _limits(library: CudaLibrary, problem: Problem, batch: int, cluster: int, stages: int) -> ctypes.Structure:
+    """The library's answer; ``shared_bytes`` is filled in even where the device refuses."""
+    args, limits = problem.arguments(batch), library.header.structs["fl_limits"]()
+    args.launch = library.header.structs["fl_launch"](cluster, 1, stages, 0)
+    library.call(f"fl_cuda_{problem.name}_limits", ctypes.byref(args), ctypes.byref(limits))
+    return limits
+
+
+class Scratch:
+    """Scratch memory of the kernels: one piece for each kind of use on each stream, zeroed once, never given back.
+
+    A captured graph keeps pointers into it, so a piece is never moved; it is made for the largest batch at once.
+    """
+
+    def __init__(self) -> None:
+        self._pieces: dict[tuple[object, ...], torch.Tensor] = {}
+
+    def get(self, key: tuple[object, ...], num_bytes: int, device: torch.device) -> torch.Tensor:
+        """The piece of ``key`` on the current stream of ``device``.
+
+        Raises:
+            LaunchError: a graph is being captured and the piece does not exist yet; or there are too many.
+        """
+        stream = torch.cuda.current_stream(device).cuda_stream
+        piece = self._pieces.get((*key, device, stream))
+        if piece is None:
+            if torch.cuda.is_current_stream_capturing():
+                raise LaunchError("run a block once on this stream before capturing it: it needs scratch memory")
+            if len(self._pieces) >= MAX_SCRATCH:
+                raise LaunchError(f"more than {MAX_SCRATCH} kinds of scratch memory on all streams")
+            piece = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+            self._pieces[*key, device, stream] = piece
+        return piece
