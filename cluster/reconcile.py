@@ -1,8 +1,9 @@
 """Compares what should be with what is and says what to do. Pure: the clock is an argument, nothing is kept.
 
 A pool has *slots*, numbered from 0; a replica fills one, and when it dies its replacement (with another worker id)
-takes the lowest free one. What a slot has been through, its restarts and the reason of the last failure, is a
-``SlotHistory`` that the caller keeps and hands in again::
+takes the lowest free one, or sooner one that has been through something: a replica that failed is replaced in its own
+slot. What a slot has been through, its restarts and the reason of the last failure, is a ``SlotHistory`` that the
+caller keeps and hands in again::
 
     free slot --start--> STARTING -------> READY --drain--> DRAINING --> DRAINED --stop--> free slot
                   ^          |               |                 |
@@ -228,7 +229,7 @@ def reconcile(
             for replica in live[surplus:]
             if replica.role is not role and replica.state is ReplicaState.READY
         ]
-        for slot in _free_slots(pool, live, target.size(pool) - len(live)):
+        for slot in _free_slots(pool, live, histories, target.size(pool) - len(live)):
             in_use.add(slot)
             retry_at = histories.get(slot, SlotHistory()).retry_at
             if retry_at > now:
@@ -273,13 +274,12 @@ def retire(replica: Replica) -> Action:
     return Drain(replica.worker_id)
 
 
-def _free_slots(pool: WorkerRole, live: Iterable[Replica], count: int) -> list[Slot]:
-    """The ``count`` lowest slots that no live replica stands in."""
-    taken = {replica.slot.index for replica in live}
-    slots: list[Slot] = []
-    index = 0
-    while len(slots) < count:
-        if index not in taken:
-            slots.append(Slot(pool, index))
-        index += 1
-    return slots
+def _free_slots(
+    pool: WorkerRole, live: Iterable[Replica], histories: Mapping[Slot, SlotHistory], count: int
+) -> list[Slot]:
+    """So many slots that no live replica stands in: those with a history, then the lowest."""
+    taken = {replica.slot for replica in live}
+    known = sorted(slot for slot in histories if slot.pool is pool and slot not in taken)
+    # Among so many new ones at least ``count`` are free.
+    lowest = (Slot(pool, index) for index in range(len(taken) + len(known) + max(count, 0)))
+    return [*known, *(slot for slot in lowest if slot not in taken and slot not in histories)][: max(count, 0)]

@@ -40,6 +40,15 @@ def decide(target: Target, *replicas: Replica, histories: dict[Slot, SlotHistory
     return reconcile(target, replicas, histories or {}, 100.0, LIMITS)
 
 
+def test_a_failed_replica_is_replaced_in_its_own_slot_though_a_lower_one_is_free() -> None:
+    gone = replica("decode-1", ReplicaState.FAILED)
+    decision = decide(Target(0, 1), gone)
+    assert decision.actions[1:] == (Start(Slot(DECODE, 1), MIXED),)
+    assert decision.histories[Slot(DECODE, 1)].num_restarts == 1
+    both = decide(Target(0, 2), gone)
+    assert set(both.actions[1:]) == {Start(Slot(DECODE, 1), MIXED), Start(Slot(DECODE, 0), MIXED)}
+
+
 def test_an_empty_cluster_is_filled() -> None:
     assert decide(Target(1, 2)).actions == (
         Start(Slot(PREFILL, 0), PREFILL),
