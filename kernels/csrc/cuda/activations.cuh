@@ -52,13 +52,14 @@ class RowScales {
     uint32_t barrier_, cluster_, rank_;
 };
 
-// The residual stream in front of a block: h = residual + delta, [batch, cols] each.
+// The residual stream in front of a block: h = residual + delta, [tokens, cols] each.
 struct Stream {
     const float* residual;
     const float* delta; // or null
     const uint16_t* norm;
     float* sum_out; // h, or null
     uint32_t cols;
+    const int64_t* rows = nullptr; // which row is whose; null: as they come. For sum_out they come in order.
 };
 
 __device__ inline float4 add(float4 a, float4 b) {
@@ -72,7 +73,7 @@ __device__ inline void load_normed(unsigned char* x, const Stream& stream, uint3
                                    const RowScales& scales, uint32_t index, uint32_t num_clusters) {
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     for (uint32_t token = warp; token < batch; token += LINEAR_WARPS) {
-        const uint64_t row = static_cast<uint64_t>(token) * stream.cols;
+        const uint64_t row = (stream.rows == nullptr ? token : stream.rows[token]) * stream.cols;
         const bool writes = stream.sum_out != nullptr && token % num_clusters == index;
         uint2* target = reinterpret_cast<uint2*>(x + token * slice.row_bytes());
         float squares = 0.0f;

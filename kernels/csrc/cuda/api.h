@@ -58,6 +58,31 @@ int64_t fl_cuda_mlp_workspace(const fl_mlp_args* args);
 int fl_cuda_mlp_limits(const fl_mlp_args* args, fl_limits* limits);
 int fl_cuda_mlp_block(const fl_mlp_args* args);
 
+// Final RMSNorm of rows of residual + delta, and their logits: all, or the best few of each row, or both.
+typedef struct {
+    int32_t version;
+    int32_t batch;          // rows, 1 to 64
+    int32_t hidden;         // multiple of 32 * cluster
+    int32_t vocab;          // rows of the weight that count
+    int32_t num_candidates; // per row, at most vocab; 0 for none
+    float eps;
+    fl_launch launch;        // at most 256 CTAs
+    const float* residual;   // [tokens, hidden]
+    const float* delta;      // [tokens, hidden] or null
+    const int64_t* rows;     // [batch]: which tokens; or null for the first ones
+    const fl_bf16* norm;     // [hidden]
+    const fl_bf16* weight;   // packed [vocab, hidden], rows of zeros up to a multiple of 16
+    float* logits;           // [batch, vocab], or null
+    float* candidate_logits; // [batch, num_candidates], best first; of equal ones the lower row first
+    int32_t* candidate_rows; // [batch, num_candidates]
+    void* workspace;         // fl_cuda_head_workspace bytes, zeroed once when allocated, one per stream
+    void* stream;
+} fl_head_args;
+
+int64_t fl_cuda_head_workspace(const fl_head_args* args);
+int fl_cuda_head_limits(const fl_head_args* args, fl_limits* limits);
+int fl_cuda_head(const fl_head_args* args);
+
 // One collective of cluster.cuh, to measure: every CTA of every cluster brings a vector.
 #define FL_SUM 0
 #define FL_MAX 1

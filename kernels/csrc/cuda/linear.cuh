@@ -54,6 +54,7 @@ struct Units {
     Slice slice;    // of this CTA
     uint32_t first; // unit
     uint32_t count; // LINEAR_WARPS apart
+    uint32_t total; // of all warps of the CTA
 
     __device__ uint32_t unit(uint32_t i) const { return first + i * LINEAR_WARPS; }
 };
@@ -65,7 +66,7 @@ __device__ inline Units units_of(const uint16_t* packed, uint32_t total, uint32_
     const uint32_t begin = static_cast<uint64_t>(total) * cluster_index / num_clusters;
     const uint32_t end = static_cast<uint64_t>(total) * (cluster_index + 1) / num_clusters;
     const uint32_t mine = end - begin;
-    return {packed, cols, slice, begin + warp, mine > warp ? divide_up(mine - warp, LINEAR_WARPS) : 0};
+    return {packed, cols, slice, begin + warp, mine > warp ? divide_up(mine - warp, LINEAR_WARPS) : 0, mine};
 }
 
 // A source of pieces for a ring: PIECE_COLS columns of a unit each, the last of a slice perhaps fewer.
@@ -172,6 +173,19 @@ class UnitReduce {
         return (cluster - 1) * tiles * 512;
     }
 
+    // Exchanges of a unit.
+    template <int kTiles>
+    __device__ static uint32_t exchanges(uint32_t batch) {
+        return divide_up(divide_up(batch, 8), group<kTiles>());
+    }
+    // Column tiles of an exchange.
+    template <int kTiles>
+    __device__ static constexpr uint32_t group() {
+        return kTiles < REDUCE_TILES ? kTiles : REDUCE_TILES;
+    }
+    // Whether this rank owns exchange e of warp `warp`.
+    __device__ bool owns(uint32_t warp, uint32_t e) const { return (warp + e) % cluster_ == rank_; }
+
     // One lane; then fence_mbarrier_init and a cluster barrier.
     __device__ void init() const { ptx::mbarrier_init(barrier_, 1); }
 
@@ -179,7 +193,7 @@ class UnitReduce {
     // goes on to epilogue(n, sums).
     template <int kTiles, class Epilogue>
     __device__ void reduce(float (&c)[kTiles][4], uint32_t batch, const Epilogue& epilogue) {
-        constexpr int kGroup = kTiles < REDUCE_TILES ? kTiles : REDUCE_TILES;
+        constexpr int kGroup = group<kTiles>();
 #pragma unroll
         for (int n = 0; n < kTiles; n += kGroup) {
             if (8 * n >= static_cast<int>(batch)) {

@@ -276,6 +276,15 @@ FL_PTX float load_l2(const float* global) {
     return v;
 }
 
+FL_PTX uint2 load_l2(const uint2* global) {
+    uint2 v;
+    asm volatile("ld.global.cg.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(v.x), "=r"(v.y)
+                 : "l"(__cvta_generic_to_global(global))
+                 : "memory");
+    return v;
+}
+
 FL_PTX uint4 load_l2(const uint4* global) {
     uint4 v;
     asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"

@@ -236,6 +236,9 @@ inline float4 load_l2(const float4* global) {
 inline float2 load_l2(const float2* global) {
     return *global;
 }
+inline uint2 load_l2(const uint2* global) {
+    return *global;
+}
 inline uint4 load_l2(const uint4* global) {
     return *global;
 }
