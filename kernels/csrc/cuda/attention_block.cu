@@ -76,31 +76,69 @@ struct AttentionWorkspace {
     }
 };
 
-template <class T>
-__device__ T* at(const fl_attention_args& args, int64_t offset) {
-    return reinterpret_cast<T*>(static_cast<unsigned char*>(args.workspace) + offset);
-}
+// What the kernel is given: all that does not depend on the CTA is in constant memory.
+struct AttentionParams {
+    fl_attention_args args;
+    AttentionLayout layout;
+    KvWork work;
+    KvCache cache;
+    ProjectedRows projected;
+    AttendedRows rows;
+    CombineShape shape;
+    uint32_t* barrier;
+
+    explicit AttentionParams(const fl_attention_args& a) : args(a), layout(a), shape(combine_shape(a)) {
+        const HeadGroups groups(a);
+        const AttentionWorkspace offsets(a);
+        auto* workspace = static_cast<unsigned char*>(a.workspace);
+        const auto at = [=](int64_t offset) { return reinterpret_cast<float*>(workspace + offset); };
+        const auto bits = [](int32_t power) { return __builtin_ctz(static_cast<uint32_t>(power)); };
+        work = {a.window,     groups.count,     a.launch.num_clusters,
+                groups.parts, shape.num_states, bits(ATTN_TILE_BYTES / 2 / a.head_dim)};
+        cache = {a.kv,           a.num_blocks * a.num_kv_heads * a.block_size * a.head_dim,
+                 a.block_tables, a.table_width,
+                 a.num_kv_heads, bits(a.block_size)};
+        projected = {reinterpret_cast<uint16_t*>(at(offsets.queries)),
+                     at(offsets.keys),
+                     at(offsets.values),
+                     a.q_norm == nullptr ? nullptr : at(offsets.squares),
+                     a.num_heads,
+                     a.num_kv_heads,
+                     a.scale,
+                     a.eps};
+        rows = {reinterpret_cast<uint16_t*>(at(offsets.attended)),
+                reinterpret_cast<float4*>(at(offsets.partials)),
+                reinterpret_cast<uint32_t*>(at(AttentionWorkspace::kBarrierBytes)),
+                a.num_heads,
+                groups.per_kv,
+                groups.per_part,
+                groups.parts,
+                groups.count};
+        barrier = static_cast<uint32_t*>(a.workspace);
+    }
+};
 
 template <int D, int kTiles>
-__global__ void __launch_bounds__(LINEAR_THREADS, 1) attention_block(const __grid_constant__ fl_attention_args args) {
+__global__ void __maxnreg__(kTiles < 4 ? ATTN_MAX_REGISTERS : ATTN_WIDE_MAX_REGISTERS)
+    attention_block(const __grid_constant__ AttentionParams params) {
     FL_DYNAMIC_SHARED(smem);
-    const AttentionLayout layout(args);
-    const AttentionWorkspace workspace(args);
-    const HeadGroups groups(args);
+    const fl_attention_args& args = params.args;
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, stages = args.launch.stages;
     const uint32_t cluster = args.launch.cluster, rank = ptx::cluster_rank();
     const uint32_t index = blockIdx.x / cluster, num_clusters = args.launch.num_clusters;
     const uint32_t batch = args.batch, hidden = args.hidden, attended_cols = args.num_heads * D;
     uint64_t* barriers = reinterpret_cast<uint64_t*>(smem);
     uint64_t* after_rings = barriers + LINEAR_WARPS * stages;
-    unsigned char* phase = smem + layout.phase;
+    unsigned char* phase = smem + params.layout.phase;
+    KvPlan& plan = *reinterpret_cast<KvPlan*>(smem + params.layout.plan);
 
-    Ring ring(smem + layout.ring + warp * stages * ATTN_SLOT_BYTES, ATTN_SLOT_BYTES, barriers + warp * stages, stages);
-    UnitReduce reduce(smem + layout.reduce + warp * UnitReduce::slot_bytes(batch, cluster), after_rings + warp, cluster,
-                      rank);
-    const RowScales scales(smem + layout.sums, after_rings + LINEAR_WARPS, cluster, rank);
-    const KvCombine<D> combine(phase, after_rings + LINEAR_WARPS + 2, combine_shape(args));
+    Ring ring(smem + params.layout.ring + warp * stages * ATTN_SLOT_BYTES, ATTN_SLOT_BYTES, barriers + warp * stages,
+              stages);
+    UnitReduce reduce(smem + params.layout.reduce + warp * UnitReduce::slot_bytes(batch, cluster), after_rings + warp,
+                      cluster, rank);
+    const RowScales scales(smem + params.layout.sums, after_rings + LINEAR_WARPS, cluster, rank);
     const uint32_t x_ready = ptx::shared_address(after_rings + LINEAR_WARPS + 1);
+    const KvCombine<D> combine(phase, after_rings + LINEAR_WARPS + 2, params.shape);
     if (lane == 0) {
         ring.init();
         reduce.init();
@@ -126,39 +164,28 @@ __global__ void __launch_bounds__(LINEAR_THREADS, 1) attention_block(const __gri
     ptx::grid_launch_dependents();
     load_normed(phase, {args.residual, args.delta, args.norm, args.residual_out, hidden}, batch, hidden_slice, scales,
                 index, num_clusters);
-    KvPlan& plan = *reinterpret_cast<KvPlan*>(smem + layout.plan);
     if (warp == LINEAR_WARPS - 1) {
         plan_kv(plan, args.context_lens, batch, args.window);
     }
     __syncthreads();
 
-    const KvCache cache{args.kv,           args.num_blocks * args.num_kv_heads * args.block_size * D,
-                        args.block_tables, args.table_width,
-                        args.num_kv_heads, args.block_size,
-                        groups.parts};
-    const int32_t state_index = warp * cluster + rank, num_states = LINEAR_WARPS * cluster;
-    KvWalk<D> walk(plan, args.window, groups.count, index, num_clusters);
+    const KvWalk walk(plan, params.work, index);
+    const int32_t state_index = warp * cluster + rank;
     Chained<UnitSource, Chained<KvSource<D>, UnitSource>> source{
-        qkv_source, {KvSource<D>(walk, cache, state_index, num_states, ptx::evict_first_policy()), UnitSource(out)}};
+        qkv_source, {KvSource<D>(walk, params.cache, state_index), UnitSource(out)}};
     ring.refill(source);
-    const ProjectedBuffers buffers{at<uint16_t>(args, workspace.queries), at<float>(args, workspace.keys),
-                                   at<float>(args, workspace.values), at<float>(args, workspace.squares)};
     project<kTiles>(ring, source, qkv, XRows<kTiles>(phase, batch, hidden_slice), batch, reduce,
-                    QkvEpilogue<D>{args, scales, buffers});
+                    QkvEpilogue<D>{args, scales, params.projected});
     scales.wait();
-    grid_barrier(static_cast<uint32_t*>(args.workspace));
+    grid_barrier(params.barrier);
 
-    const ProjectedRows projected{
-        buffers.queries, buffers.keys,    buffers.values, args.q_norm == nullptr ? nullptr : buffers.squares,
-        args.num_heads,  groups.per_part, args.scale,     args.eps};
-    const AttendedRows rows{at<uint16_t>(args, workspace.attended), at<float4>(args, workspace.partials),
-                            at<uint32_t>(args, AttentionWorkspace::kBarrierBytes), args.num_heads, groups.count};
-    WarpAttention<D>{projected, cache, rows, combine, state_index, num_states}.run(walk, ring, source);
+    const WarpAttention<D> attention{params.projected, params.cache, params.rows, combine, state_index};
+    attention.run(walk, ring, source.second);
     ptx::fence_proxy_async_global();
-    grid_barrier(static_cast<uint32_t*>(args.workspace));
+    grid_barrier(params.barrier);
 
     if (warp == 0) {
-        load_rows(phase, rows.attended, batch, attended_cols, attended_slice, x_ready);
+        load_rows(phase, params.rows.attended, batch, attended_cols, attended_slice, x_ready);
     }
     prefetch_share(args.prefetch, args.prefetch_bytes);
     ptx::mbarrier_wait(x_ready, 0);
@@ -171,10 +198,11 @@ __global__ void __launch_bounds__(LINEAR_THREADS, 1) attention_block(const __gri
             }
         }
     };
-    project<kTiles>(ring, source, out, XRows<kTiles>(phase, batch, attended_slice), batch, reduce, store);
+    UnitSource& out_source = source.second.second;
+    project<kTiles>(ring, out_source, out, XRows<kTiles>(phase, batch, attended_slice), batch, reduce, store);
 }
 
-using Kernel = void (*)(fl_attention_args);
+using Kernel = void (*)(AttentionParams);
 
 template <int D>
 Kernel kernel_for(uint32_t batch) {
@@ -227,5 +255,6 @@ int fl_cuda_attention_limits(const fl_attention_args* args, fl_limits* limits) {
 }
 
 int fl_cuda_attention_block(const fl_attention_args* args) {
-    return valid(*args) ? launch("attention_block", kernel_for(*args), *args, shape_of(*args)) : kInvalidValue;
+    return valid(*args) ? launch("attention_block", kernel_for(*args), AttentionParams(*args), shape_of(*args))
+                        : kInvalidValue;
 }

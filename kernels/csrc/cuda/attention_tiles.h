@@ -17,4 +17,5 @@ constexpr int ATTN_WARPS = 8; // of a CTA
 constexpr int ATTN_THREADS = 32 * ATTN_WARPS;
 constexpr int ATTN_MAX_BATCH = 64;
 constexpr int ATTN_GROUP_HEADS = 8; // query heads of a KV head that are one work item
-constexpr int ATTN_MAX_REGISTERS = 128;
+constexpr int ATTN_MAX_REGISTERS = 160;      // a CTA of the MLP block, of at most 96, fits beside it
+constexpr int ATTN_WIDE_MAX_REGISTERS = 240; // for more than 16 tokens, where shared memory has no room for another

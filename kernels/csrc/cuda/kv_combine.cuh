@@ -14,12 +14,20 @@
 
 namespace fuseline {
 
-// Where a group's results go.
+// Where results go. Query heads of a KV head are cut into `parts` groups of at most heads_per_part.
 struct AttendedRows {
-    uint16_t* attended; // [batch, num_heads, D]
+    uint16_t* attended; // bf16 [batch, num_heads, D]
     float4* partials;   // [nodes, groups, cluster][part_vectors]
     uint32_t* arrivals; // [batch, groups, cluster], zero between launches
-    int32_t num_heads, num_groups;
+    int32_t num_heads, heads_per_kv, heads_per_part, parts, num_groups;
+
+    __device__ int32_t group_of(const KvItem& item) const { return item.kv_head * parts + item.part; }
+    __device__ int32_t first_head_of(const KvItem& item) const {
+        return item.kv_head * heads_per_kv + item.part * heads_per_part;
+    }
+    __device__ int32_t heads_of(const KvItem& item) const {
+        return min(heads_per_part, heads_per_kv - item.part * heads_per_part);
+    }
 };
 
 // Sizes of the slots. Of the 4 lanes with the same g, `lanes` hold heads.
@@ -48,19 +56,18 @@ class KvCombine {
         ptx::mbarrier_init(barriers_ + 8, ATTN_WARPS);
     }
 
-    // All warps of the cluster, each epoch, in order. `state` is -1 for a warp that has none.
-    __device__ void push(const KvWalk<D>& walk, KvSoftmax<D>& softmax, int32_t state) const {
-        const int32_t epoch = walk.epoch;
+    // All warps of the cluster, each epoch, in order. `tile` is one of the state's, or -1 from a warp that has none.
+    __device__ void push(const KvItem& item, int32_t epoch, const KvSoftmax<D>& softmax, int32_t tile) const {
         if (epoch > 0) {
             wait(epoch - 1);
         }
-        if (state >= 0) {
-            push_state(epoch, softmax, state);
+        if (tile >= 0) {
+            push_state(epoch, softmax, tile & (shape_.num_states - 1));
         }
         if (threadIdx.x % 32 == 0) {
             const uint32_t tickets = epoch > 0 ? 4 * shape_.cluster : 0;
             if (is_folder(epoch)) {
-                ptx::mbarrier_arrive_expect_tx(barrier(epoch), num_states(walk) * 16 * shape_.part_vectors() + tickets);
+                ptx::mbarrier_arrive_expect_tx(barrier(epoch), num_states(item) * 16 * shape_.part_vectors() + tickets);
             } else {
                 ptx::mbarrier_arrive(barrier(epoch));
             }
@@ -72,20 +79,20 @@ class KvCombine {
         return static_cast<int32_t>(threadIdx.x / 32) == epoch % ATTN_WARPS;
     }
 
-    // `heads` of the group from first_head on get their results.
-    __device__ void fold(const KvWalk<D>& walk, const AttendedRows& rows, int32_t first_head, int32_t heads) const {
-        const int32_t epoch = walk.epoch, lane = threadIdx.x % 32;
+    __device__ void fold(const KvWalk& walk, int32_t epoch, const AttendedRows& rows) const {
         wait(epoch);
+        const int32_t lane = threadIdx.x % 32;
+        const KvItem item = walk.item(epoch);
         const auto* slots = reinterpret_cast<const float4*>(slots_ + (epoch & 1) * shape_.slot_bytes());
-        const int32_t stride = shape_.part_vectors(), mask = shape_.num_states - 1, first = walk.first_tile;
+        const int32_t stride = shape_.part_vectors(), mask = shape_.num_states - 1, first = item.first_tile;
         const auto state = [=](int32_t i, int32_t vector) { return slots[((first + i) & mask) * stride + vector]; };
-        if (walk.num_nodes == 1) {
-            fold_states(state, num_states(walk), [&](int32_t i, const float4& total, const float4& o) {
-                write_attended(rows, walk.row, first_head, heads, i, total, o);
+        if (item.num_nodes == 1) {
+            fold_states(state, num_states(item), [&](int32_t i, const float4& total, const float4& o) {
+                write_attended(rows, item, i, total, o);
             });
         } else {
-            float4* partial = partial_of(rows, walk, walk.node);
-            fold_states(state, num_states(walk), [&](int32_t i, const float4& total, const float4& o) {
+            float4* partial = partial_of(rows, item, item.node);
+            fold_states(state, num_states(item), [&](int32_t i, const float4& total, const float4& o) {
                 partial[vector_of(i)] = o;
                 if (i == 0 && lane < 4) {
                     partial[sums_vector()] = total;
@@ -93,23 +100,23 @@ class KvCombine {
             });
         }
         __syncwarp();
-        if (walk.has_next() && lane < shape_.cluster) {
+        if (walk.has(epoch + 1) && lane < shape_.cluster) {
             const uint32_t ticket = tickets(epoch + 1) + 4 * ptx::cluster_rank();
             ptx::st_async(ptx::map_to_rank(ticket, lane), 1u, ptx::map_to_rank(barrier(epoch + 1), lane));
         }
-        if (walk.num_nodes > 1 && is_last(walk, rows)) {
+        if (item.num_nodes > 1 && is_last(rows, item)) {
             const auto node = [&](int32_t i, int32_t vector) {
-                return ptx::load_l2(partial_of(rows, walk, walk.first_node + i) + vector);
+                return ptx::load_l2(partial_of(rows, item, item.first_node + i) + vector);
             };
-            fold_states(node, walk.num_nodes, [&](int32_t i, const float4& total, const float4& o) {
-                write_attended(rows, walk.row, first_head, heads, i, total, o);
+            fold_states(node, item.num_nodes, [&](int32_t i, const float4& total, const float4& o) {
+                write_attended(rows, item, i, total, o);
             });
         }
     }
 
   private:
-    __device__ int32_t num_states(const KvWalk<D>& walk) const {
-        return min(walk.end_tile - walk.first_tile, shape_.num_states);
+    __device__ int32_t num_states(const KvItem& item) const {
+        return min(item.end_tile - item.first_tile, shape_.num_states);
     }
     __device__ uint32_t barrier(int32_t epoch) const { return barriers_ + 8 * (epoch & 1); }
     __device__ uint32_t tickets(int32_t epoch) const {
@@ -117,7 +124,7 @@ class KvCombine {
     }
     __device__ void wait(int32_t epoch) const { ptx::mbarrier_wait(barrier(epoch), epoch >> 1 & 1); }
 
-    __device__ void push_state(int32_t epoch, KvSoftmax<D>& softmax, int32_t state) const {
+    __device__ void push_state(int32_t epoch, const KvSoftmax<D>& softmax, int32_t state) const {
         const int32_t lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
         const float2 sum = reduce_rows(softmax.sum, false);
         if (t >= shape_.lanes) {
@@ -150,8 +157,8 @@ class KvCombine {
         return 8 * shape_.outputs * shape_.lanes + static_cast<int32_t>(threadIdx.x % 4);
     }
 
-    __device__ float4* partial_of(const AttendedRows& rows, const KvWalk<D>& walk, int32_t node) const {
-        const int64_t part = static_cast<int64_t>(node) * rows.num_groups + walk.group;
+    __device__ float4* partial_of(const AttendedRows& rows, const KvItem& item, int32_t node) const {
+        const int64_t part = static_cast<int64_t>(node) * rows.num_groups + rows.group_of(item);
         return rows.partials + (part * shape_.cluster + ptx::cluster_rank()) * shape_.part_vectors();
     }
 
@@ -184,42 +191,39 @@ class KvCombine {
         }
     }
 
-    __device__ void write_attended(const AttendedRows& rows, int32_t row, int32_t first_head, int32_t heads, int32_t i,
-                                   const float4& total, const float4& o) const {
+    __device__ void write_attended(const AttendedRows& rows, const KvItem& item, int32_t i, const float4& total,
+                                   const float4& o) const {
         const int32_t lane = threadIdx.x % 32, g = lane / 4, head = 2 * (lane % 4);
-        const int32_t output = ptx::cluster_rank() * shape_.outputs + i;
-        const int32_t lower = KvSoftmax<D>::lower_dimension(output, g),
-                      upper = KvSoftmax<D>::upper_dimension(output, g);
-        uint16_t* to = rows.attended + (static_cast<int64_t>(row) * rows.num_heads + first_head + head) * D;
+        const int32_t output = ptx::cluster_rank() * shape_.outputs + i, heads = rows.heads_of(item);
+        const int64_t first = static_cast<int64_t>(item.row) * rows.num_heads + rows.first_head_of(item);
+        uint16_t* to = rows.attended + (first + head) * D + KvSoftmax<D>::dimension(output, g);
         if (head < heads) {
-            to[lower] = ptx::float_to_bf16(o.x / total.z);
-            to[upper] = ptx::float_to_bf16(o.z / total.z);
+            *reinterpret_cast<uint32_t*>(to) = ptx::pack_bf16x2(o.x / total.z, o.z / total.z);
         }
         if (head + 1 < heads) {
-            to[D + lower] = ptx::float_to_bf16(o.y / total.w);
-            to[D + upper] = ptx::float_to_bf16(o.w / total.w);
+            *reinterpret_cast<uint32_t*>(to + D) = ptx::pack_bf16x2(o.y / total.w, o.w / total.w);
         }
     }
 
     // Whether all nodes of the row are in place for this group and part, this warp's the last; they are then visible.
-    __device__ bool is_last(const KvWalk<D>& walk, const AttendedRows& rows) const {
+    __device__ bool is_last(const AttendedRows& rows, const KvItem& item) const {
         uint32_t before = 0;
         if (threadIdx.x % 32 == 0) {
-            const int64_t part = static_cast<int64_t>(walk.row) * rows.num_groups + walk.group;
+            const int64_t part = static_cast<int64_t>(item.row) * rows.num_groups + rows.group_of(item);
             uint32_t* arrivals = rows.arrivals + part * shape_.cluster + ptx::cluster_rank();
             before = ptx::fetch_add_acq_rel(arrivals, 1);
-            if (before + 1 == static_cast<uint32_t>(walk.num_nodes)) {
+            if (before + 1 == static_cast<uint32_t>(item.num_nodes)) {
                 *arrivals = 0;
             }
         }
         before = __shfl_sync(0xffffffffu, before, 0);
         __syncwarp();
-        return before + 1 == static_cast<uint32_t>(walk.num_nodes);
+        return before + 1 == static_cast<uint32_t>(item.num_nodes);
     }
 
     unsigned char* slots_;
     uint32_t barriers_;
-    CombineShape shape_;
+    const CombineShape& shape_;
 };
 
 } // namespace fuseline

@@ -25,10 +25,12 @@ __device__ constexpr uint32_t word(const uint4& v, int32_t i) {
     return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }
 
-// 16-bit element `i % 2` of word i / 2 of each, the first one's in the lower half.
-__device__ inline uint32_t pair(const uint4& first, const uint4& second, int32_t i) {
-    const uint32_t a = word(first, i / 2), b = word(second, i / 2);
-    return i % 2 == 0 ? (a & 0xffffu) | b << 16 : a >> 16 | (b & 0xffff0000u);
+// The lower, or the upper, 16 bits of both, the first one's below.
+__device__ inline uint32_t lows(uint32_t first, uint32_t second) {
+    return (first & 0xffffu) | second << 16;
+}
+__device__ inline uint32_t highs(uint32_t first, uint32_t second) {
+    return first >> 16 | (second & 0xffff0000u);
 }
 
 template <int D>
@@ -36,11 +38,8 @@ struct KvSoftmax {
     using Tile = KvTile<D>;
     static constexpr int32_t kOutputs = D / 16; // mma tiles of 16 dimensions
 
-    // Dimensions of o[i][0..1] and of o[i][2..3] in lane (g, t).
-    static __device__ int32_t lower_dimension(int32_t i, int32_t g) { return 8 * g + i; }
-    static __device__ int32_t upper_dimension(int32_t i, int32_t g) {
-        return D == 128 ? 64 + 8 * g + i : 8 * g + 4 + i;
-    }
+    // o[i][0..1] are of this dimension in lane (g, t), o[i][2..3] of the next.
+    static __device__ int32_t dimension(int32_t i, int32_t g) { return 64 * (i / 4) + 8 * g + 2 * (i % 4); }
 
     uint4 query[D / 32]; // of head g: dimensions 32 j + 8 t to 32 j + 8 t + 7
     float2 scale;        // of scores, with log2(e)
@@ -95,26 +94,23 @@ struct KvSoftmax {
     // Adds the tile's values, weighted by p.
     __device__ void take_values(const unsigned char* slot) {
         const int32_t g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-        constexpr int32_t kColumns = D / 64; // of 16 bytes per token and lane
 #pragma unroll
         for (int32_t f = 0; f < Tile::kFragments; ++f) {
-            uint4 v[4][kColumns]; // tokens 2t, 2t + 1, 2t + 8 and 2t + 9 of the fragment
 #pragma unroll
-            for (int32_t n = 0; n < 4; ++n) {
-                const int32_t token = Tile::token_in_chunk(f, n % 2, n / 2);
-                const unsigned char* from =
-                    slot + Tile::chunk_of(t, n % 2) * ATTN_CHUNK_PITCH + token * Tile::kRowBytes + 16 * g;
+            for (int32_t column = 0; column < D / 64; ++column) {
+                uint4 v[4]; // 8 dimensions of tokens 2t, 2t + 1, 2t + 8 and 2t + 9 of the fragment
 #pragma unroll
-                for (int32_t c = 0; c < kColumns; ++c) {
-                    v[n][c] = *reinterpret_cast<const uint4*>(from + 128 * c);
+                for (int32_t n = 0; n < 4; ++n) {
+                    const int32_t token = Tile::token_in_chunk(f, n % 2, n / 2);
+                    v[n] = *reinterpret_cast<const uint4*>(slot + Tile::chunk_of(t, n % 2) * ATTN_CHUNK_PITCH +
+                                                           token * Tile::kRowBytes + 16 * g + 128 * column);
                 }
-            }
 #pragma unroll
-            for (int32_t i = 0; i < kOutputs; ++i) {
-                const int32_t c = D == 128 ? 1 : 0, j = D == 128 ? i : 4 + i; // of the upper dimension
-                const uint32_t a[4] = {pair(v[0][0], v[1][0], i), pair(v[0][c], v[1][c], j), pair(v[2][0], v[3][0], i),
-                                       pair(v[2][c], v[3][c], j)};
-                ptx::mma_bf16(o[i], a, p[f]);
+                for (int32_t i = 0; i < 4; ++i) {
+                    const uint32_t w[4] = {word(v[0], i), word(v[1], i), word(v[2], i), word(v[3], i)};
+                    ptx::mma_bf16(o[4 * column + i],
+                                  {lows(w[0], w[1]), highs(w[0], w[1]), lows(w[2], w[3]), highs(w[2], w[3])}, p[f]);
+                }
             }
         }
     }

@@ -65,61 +65,70 @@ __device__ inline void plan_kv(KvPlan& plan, const int32_t* context_lens, int32_
     }
 }
 
-// Walks the items of a cluster, in step with its other warps.
-template <int D>
-struct KvWalk {
-    static constexpr int32_t kTileTokens = ATTN_TILE_BYTES / (2 * D);
+// What the items of a launch have in common.
+struct KvWork {
+    int32_t window; // 0: none
+    int32_t num_groups, num_clusters;
+    int32_t parts;      // groups per KV head
+    int32_t num_states; // of a node: the cluster's warps, a power of two
+    int32_t tile_bits;  // log2 of a tile's tokens
+};
 
-    // Of the item at hand.
-    int32_t epoch = -1;                  // how many the cluster has had before it
-    int32_t row, group;                  // the batch's row; KV head times parts of its query heads
+struct KvItem {
+    int32_t row, kv_head, part;
     int32_t node, first_node, num_nodes; // numbered through the batch; the row's first, and how many
     int32_t begin, end;                  // the row's span
-    int32_t first_tile, end_tile;
+    int32_t first_tile, end_tile;        // the node's, as far as the row sees it
+};
 
-    __device__ KvWalk(const KvPlan& plan, int32_t window, int32_t num_groups, int32_t cluster_id, int32_t num_clusters)
-        : plan_(plan), window_(window), num_groups_(num_groups), next_(cluster_id), step_(num_clusters),
-          num_items_(plan.nodes_before[ATTN_MAX_BATCH] * num_groups) {}
+// The items of one cluster, one per epoch; all of its warps go through them in step.
+class KvWalk {
+  public:
+    __device__ KvWalk(const KvPlan& plan, const KvWork& work, int32_t cluster_index)
+        : plan_(plan), work_(work), cluster_index_(cluster_index) {}
 
-    __device__ bool has_next() const { return next_ < num_items_; }
+    __device__ const KvWork& work() const { return work_; }
 
-    // To the next item; false if there is none. All lanes of a warp.
-    __device__ bool next() {
-        if (!has_next()) {
-            return false;
-        }
-        node = next_ / num_groups_;
-        group = next_ - node * num_groups_;
-        next_ += step_;
-        ++epoch;
-        const int32_t lane = threadIdx.x % 32;
-        row = 0;
+    __device__ bool has(int32_t epoch) const {
+        return number(epoch) < plan_.nodes_before[ATTN_MAX_BATCH] * work_.num_groups;
+    }
+
+    // All lanes of a warp.
+    __device__ KvItem item(int32_t epoch) const {
+        KvItem item;
+        item.node = number(epoch) / work_.num_groups;
+        const int32_t group = number(epoch) - item.node * work_.num_groups;
+        item.kv_head = group / work_.parts;
+        item.part = group - item.kv_head * work_.parts;
+        item.row = 0;
         for (int32_t first = 0; first < ATTN_MAX_BATCH; first += 32) {
-            row += __popc(__ballot_sync(0xffffffffu, plan_.nodes_before[first + lane + 1] <= node));
+            const int32_t row = first + static_cast<int32_t>(threadIdx.x % 32);
+            item.row += __popc(__ballot_sync(0xffffffffu, plan_.nodes_before[row + 1] <= item.node));
         }
-        const KvSpan span(plan_.context[row], window_);
-        num_nodes = span.num_nodes();
-        begin = span.begin;
-        end = span.end;
-        first_node = plan_.nodes_before[row];
-        const int32_t start = (span.first_node() + node - first_node) << span.node_bits;
-        first_tile = max(start, begin) / kTileTokens;
-        end_tile = (min(start + (1 << span.node_bits), end) + kTileTokens - 1) / kTileTokens;
-        return true;
+        const KvSpan span(plan_.context[item.row], work_.window);
+        item.first_node = plan_.nodes_before[item.row];
+        item.num_nodes = span.num_nodes();
+        item.begin = span.begin;
+        item.end = span.end;
+        const int32_t start = (span.first_node() + item.node - item.first_node) << span.node_bits;
+        const int32_t stop = min(start + (1 << span.node_bits), span.end);
+        item.first_tile = max(start, span.begin) >> work_.tile_bits;
+        item.end_tile = ((stop - 1) >> work_.tile_bits) + 1;
+        return item;
     }
 
-    // The state that warp `index` of num_states in the cluster computes, and its first tile; rotated from item to item,
+    // The first tile of the state that warp `index` of the cluster computes in this epoch. Rotated from epoch to epoch,
     // so that short contexts do not keep the same warps busy.
-    __device__ int32_t state_of(int32_t index, int32_t num_states) const {
-        return (index + 11 * epoch) & (num_states - 1);
-    }
-    __device__ int32_t first_tile_of(int32_t state, int32_t num_states) const {
-        return first_tile + ((state - first_tile) & (num_states - 1));
+    __device__ int32_t first_tile(const KvItem& item, int32_t epoch, int32_t index) const {
+        return item.first_tile + ((index + 11 * epoch - item.first_tile) & (work_.num_states - 1));
     }
 
   private:
+    __device__ int32_t number(int32_t epoch) const { return cluster_index_ + epoch * work_.num_clusters; }
+
     const KvPlan& plan_;
-    int32_t window_, num_groups_, next_, step_, num_items_;
+    const KvWork& work_;
+    int32_t cluster_index_;
 };
 
 } // namespace fuseline

@@ -13,9 +13,19 @@ namespace fuseline {
 // One layer's cache, [2, num_blocks, num_kv_heads, block_size, D], and who owns its blocks.
 struct KvCache {
     uint16_t* keys;
-    int64_t values;                                       // elements from a key to its value
-    const int32_t* block_tables;                          // [batch, table_width]
-    int32_t table_width, num_kv_heads, block_size, parts; // parts: groups of query heads per KV head
+    int64_t values;              // elements from a key to its value
+    const int32_t* block_tables; // [batch, table_width]
+    int32_t table_width, num_kv_heads;
+    int32_t block_bits; // log2 of block_size
+
+    __device__ int32_t block_of(int32_t row, int32_t token) const {
+        return block_tables[static_cast<int64_t>(row) * table_width + (token >> block_bits)];
+    }
+    // Where a token's key is, in keys of D elements.
+    __device__ int64_t place_of(int32_t block, int32_t kv_head, int32_t token) const {
+        const int64_t first = (static_cast<int64_t>(block) * num_kv_heads + kv_head) << block_bits;
+        return first + (token & ((1 << block_bits) - 1));
+    }
 };
 
 template <int D>
@@ -34,16 +44,14 @@ struct KvTile {
     }
 };
 
-// The KV pieces of one warp, in the order in which it computes: for every item and tile keys, then values.
+// The KV pieces of warp `index` of a cluster, in the order in which it computes: for every tile keys, then values.
 template <int D>
 class KvSource {
   public:
     using Tile = KvTile<D>;
 
-    __device__ KvSource(const KvWalk<D>& walk, const KvCache& cache, int32_t index, int32_t num_states, uint64_t policy)
-        : walk_(walk), cache_(cache), index_(index), num_states_(num_states), policy_(policy) {
-        walk_.end_tile = 0;
-        tile_ = 0;
+    __device__ KvSource(const KvWalk& walk, const KvCache& cache, int32_t index)
+        : walk_(walk), cache_(cache), index_(index) {
         advance();
     }
 
@@ -51,23 +59,18 @@ class KvSource {
         if (!more_) {
             return false;
         }
-        const int32_t lane = threadIdx.x % 32;
-        const int32_t stored_end = walk_.end - 1;
-        const int32_t start = tile_ * Tile::kTokens;
-        if (lane < ATTN_CHUNKS) {
-            if (lane == 0) {
-                const int32_t tokens = min(start + Tile::kTokens, stored_end) - max(start, walk_.begin);
-                ptx::mbarrier_arrive_expect_tx(ring.next_barrier(), max(tokens, 0) * Tile::kRowBytes);
-            }
-            const int32_t chunk_start = start + lane * Tile::kChunkTokens;
-            const int32_t from = max(chunk_start, walk_.begin);
-            const int32_t tokens = min(chunk_start + Tile::kChunkTokens, stored_end) - from;
-            if (tokens > 0) {
-                const int64_t token = row_of_block() + from % cache_.block_size;
-                ptx::bulk_load_hint(ring.next_slot() + lane * ATTN_CHUNK_PITCH + (from - chunk_start) * Tile::kRowBytes,
-                                    cache_.keys + token * D + (values_ ? cache_.values : 0), tokens * Tile::kRowBytes,
-                                    ring.next_barrier(), policy_);
-            }
+        const int32_t lane = threadIdx.x % 32, start = tile_ * Tile::kTokens;
+        if (lane == 0) {
+            const int32_t tokens = min(start + Tile::kTokens, stored_end_) - max(start, begin_);
+            ptx::mbarrier_arrive_expect_tx(ring.next_barrier(), max(tokens, 0) * Tile::kRowBytes);
+        }
+        const int32_t from = chunk_begin(), tokens = chunk_end() - from;
+        if (lane < ATTN_CHUNKS && tokens > 0) {
+            const int32_t skipped = from - start - lane * Tile::kChunkTokens;
+            ptx::bulk_load_hint(ring.next_slot() + lane * ATTN_CHUNK_PITCH + skipped * Tile::kRowBytes,
+                                cache_.keys + cache_.place_of(block_, kv_head_, from) * D +
+                                    (values_ ? cache_.values : 0),
+                                tokens * Tile::kRowBytes, ring.next_barrier(), ptx::evict_first_policy());
         }
         ring.issued();
         if (values_) {
@@ -78,35 +81,41 @@ class KvSource {
     }
 
   private:
-    // Where this lane's block and KV head start, in tokens of the cache.
-    __device__ int64_t row_of_block() const {
-        return (static_cast<int64_t>(block_) * cache_.num_kv_heads + walk_.group / cache_.parts) * cache_.block_size;
+    // The tokens of this lane's chunk of the tile that are to be copied.
+    __device__ int32_t chunk_begin() const {
+        return max(tile_ * Tile::kTokens + static_cast<int32_t>(threadIdx.x % 32) * Tile::kChunkTokens, begin_);
+    }
+    __device__ int32_t chunk_end() const {
+        return min(tile_ * Tile::kTokens + static_cast<int32_t>(threadIdx.x % 32 + 1) * Tile::kChunkTokens,
+                   stored_end_);
     }
 
-    // To the next tile, and starts to load the block that this lane's chunk of it is in.
+    // To the next tile; starts to load the number of the block that holds this lane's chunk of it.
     __device__ void advance() {
-        tile_ += num_states_;
-        while (tile_ >= walk_.end_tile) {
-            if (!walk_.next()) {
+        tile_ += walk_.work().num_states;
+        while (tile_ >= end_tile_) {
+            ++epoch_;
+            if (!walk_.has(epoch_)) {
                 more_ = false;
                 return;
             }
-            tile_ = walk_.first_tile_of(walk_.state_of(index_, num_states_), num_states_);
+            const KvItem item = walk_.item(epoch_);
+            tile_ = walk_.first_tile(item, epoch_, index_);
+            end_tile_ = item.end_tile;
+            row_ = item.row;
+            kv_head_ = item.kv_head;
+            begin_ = item.begin;
+            stored_end_ = item.end - 1;
         }
-        const int32_t chunk_start = tile_ * Tile::kTokens + static_cast<int32_t>(threadIdx.x % 32) * Tile::kChunkTokens;
-        const int32_t from = max(chunk_start, walk_.begin);
-        const int32_t to = min(chunk_start + Tile::kChunkTokens, walk_.end - 1);
-        if (threadIdx.x % 32 < ATTN_CHUNKS && from < to) {
-            block_ =
-                cache_.block_tables[static_cast<int64_t>(walk_.row) * cache_.table_width + from / cache_.block_size];
+        if (threadIdx.x % 32 < ATTN_CHUNKS && chunk_begin() < chunk_end()) {
+            block_ = cache_.block_of(row_, chunk_begin());
         }
     }
 
-    KvWalk<D> walk_;
+    KvWalk walk_;
     const KvCache& cache_;
-    int32_t index_, num_states_;
-    uint64_t policy_;
-    int32_t tile_, block_ = 0;
+    int32_t index_, epoch_ = -1;
+    int32_t tile_ = 0, end_tile_ = 0, row_ = 0, kv_head_ = 0, begin_ = 0, stored_end_ = 0, block_ = 0;
     bool values_ = false, more_ = true;
 };
 

@@ -7,31 +7,33 @@ namespace fuseline {
 
 // What the QKV projection left in global memory, read past L1.
 struct ProjectedRows {
-    const uint16_t* queries; // bf16 [batch, num_heads, D], rotated
-    const float* keys;       // [batch, num_kv_heads, D], rotated, of each row's newest token
-    const float* values;     // likewise
-    const float* squares;    // [batch, num_heads + num_kv_heads, D / 16]: sums over 16 elements of a head before its
-                             // norm, whose scale is still to be applied to queries and keys; null if there are no norms
-    int32_t num_heads, heads_per_part;
+    uint16_t* queries; // bf16 [batch, num_heads, D], rotated
+    float* keys;       // [batch, num_kv_heads, D], rotated, of each row's newest token
+    float* values;     // likewise
+    float* squares;    // [batch, num_heads + num_kv_heads, D / 16]: sums over 16 elements of a head before its norm,
+                       // whose scale is still to be applied to queries and keys; null if there are no norms
+    int32_t num_heads, num_kv_heads;
     float scale, eps;
 };
 
-// The root mean square scale of a head of this row, 1 without norms.
+// The root mean square scale of a head of a row, 1 without norms.
 template <int D>
-__device__ inline float norm_scale(const ProjectedRows& projected, int64_t row, int32_t num_kv_heads, int32_t head) {
+__device__ inline float norm_scale(const ProjectedRows& projected, int32_t row, int32_t head) {
     if (projected.squares == nullptr) {
         return 1.0f;
     }
-    const float* squares = projected.squares + (row * (projected.num_heads + num_kv_heads) + head) * (D / 16);
+    const int64_t index = static_cast<int64_t>(row) * (projected.num_heads + projected.num_kv_heads) + head;
+    const auto* squares = reinterpret_cast<const float4*>(projected.squares + index * (D / 16));
     float sum = 0.0f;
 #pragma unroll
-    for (int32_t i = 0; i < D / 16; i += 4) {
-        const float4 part = ptx::load_l2(reinterpret_cast<const float4*>(squares + i));
+    for (int32_t i = 0; i < D / 64; ++i) {
+        const float4 part = ptx::load_l2(squares + i);
         sum += (part.x + part.y) + (part.z + part.w);
     }
     return rsqrtf(sum / D + projected.eps);
 }
 
+// Warp `index` of its cluster; it shares the rest.
 template <int D>
 struct WarpAttention {
     using Tile = KvTile<D>;
@@ -40,88 +42,85 @@ struct WarpAttention {
     const KvCache& cache;
     const AttendedRows& rows;
     const KvCombine<D>& combine;
-    int32_t index, num_states; // of this warp in the cluster, and how many there are
+    int32_t index;
 
-    // `source` brings the KV pieces of the same walk, and whatever comes after them.
+    // `source` brings the KV pieces of the same walk, and then whatever comes after them.
     template <class Source>
-    __device__ void run(KvWalk<D>& walk, Ring& ring, Source& source) const {
+    __device__ void run(const KvWalk& walk, Ring& ring, Source& source) const {
         KvSoftmax<D> softmax;
-        while (walk.next()) {
-            const int32_t kv_head = walk.group / cache.parts, part = walk.group % cache.parts;
-            const int32_t heads_per_kv = projected.num_heads / cache.num_kv_heads;
-            const int32_t first = part * projected.heads_per_part;
-            const int32_t heads = min(projected.heads_per_part, heads_per_kv - first);
-            const int32_t first_head = kv_head * heads_per_kv + first;
-            const int32_t state = walk.state_of(index, num_states);
-            const int32_t first_tile = walk.first_tile_of(state, num_states);
-            const bool any = first_tile < walk.end_tile;
-            if (any) {
-                load_queries(softmax, walk.row, first_head, heads);
+        for (int32_t epoch = 0; walk.has(epoch); ++epoch) {
+            const KvItem item = walk.item(epoch);
+            const int32_t first = walk.first_tile(item, epoch, index);
+            if (first < item.end_tile) {
+                load_queries(softmax, item);
                 softmax.reset();
-                for (int32_t tile = first_tile; tile < walk.end_tile; tile += num_states) {
-                    take_tile(softmax, walk, tile * Tile::kTokens, kv_head, part, ring, source);
+                for (int32_t tile = first; tile < item.end_tile; tile += walk.work().num_states) {
+                    take_tile(softmax, item, tile * Tile::kTokens, ring, source);
                 }
             }
-            combine.push(walk, softmax, any ? state : -1);
-            if (combine.is_folder(walk.epoch)) {
-                combine.fold(walk, rows, first_head, heads);
+            combine.push(item, epoch, softmax, first < item.end_tile ? first : -1);
+            if (combine.is_folder(epoch)) {
+                combine.fold(walk, epoch, rows);
             }
         }
     }
 
   private:
     template <class Source>
-    __device__ void take_tile(KvSoftmax<D>& softmax, const KvWalk<D>& walk, int32_t start, int32_t kv_head,
-                              int32_t part, Ring& ring, Source& source) const {
-        const bool edge = start < walk.begin || start + Tile::kTokens >= walk.end;
-        const int64_t newest = (static_cast<int64_t>(walk.row) * cache.num_kv_heads + kv_head) * D;
+    __device__ void take_tile(KvSoftmax<D>& softmax, const KvItem& item, int32_t start, Ring& ring,
+                              Source& source) const {
+        const bool edge = start < item.begin || start + Tile::kTokens >= item.end;
+#pragma unroll 1 // twice the code would be no faster
+        for (int32_t values = 0; values < 2; ++values) {
+            unsigned char* slot = ring.wait();
+            if (edge) {
+                complete(slot, item, start, values != 0);
+            }
+            if (values == 0) {
+                softmax.take_keys(slot, start, item.begin, item.end);
+            } else {
+                softmax.take_values(slot);
+            }
+            ring.release();
+            ring.refill(source);
+        }
+    }
+
+    __device__ void complete(unsigned char* slot, const KvItem& item, int32_t start, bool values) const {
+        const int32_t newest = item.end - 1;
+        const int64_t index = (static_cast<int64_t>(item.row) * cache.num_kv_heads + item.kv_head) * D;
         uint16_t* stored = nullptr;
         float scale = 1.0f;
-        if (edge && walk.end - 1 >= start && walk.end - 1 < start + Tile::kTokens) {
-            scale = norm_scale<D>(projected, walk.row, cache.num_kv_heads, projected.num_heads + kv_head);
-            stored = part == 0 ? place_of_newest(walk, kv_head) : nullptr;
+        if (newest >= start && newest < start + Tile::kTokens) {
+            if (item.part == 0) {
+                stored = cache.keys + (values ? cache.values : 0) +
+                         cache.place_of(cache.block_of(item.row, newest), item.kv_head, newest) * D;
+            }
+            if (!values) {
+                scale = norm_scale<D>(projected, item.row, projected.num_heads + item.kv_head);
+            }
         }
-        unsigned char* slot = ring.wait();
-        if (edge) {
-            complete_tile<D>(slot, start, walk.begin, walk.end, projected.keys + newest, scale, stored);
-        }
-        softmax.take_keys(slot, start, walk.begin, walk.end);
-        ring.release();
-        ring.refill(source);
-        slot = ring.wait();
-        if (edge) {
-            complete_tile<D>(slot, start, walk.begin, walk.end, projected.values + newest, 1.0f,
-                             stored == nullptr ? nullptr : stored + cache.values);
-        }
-        softmax.take_values(slot);
-        ring.release();
-        ring.refill(source);
+        complete_tile<D>(slot, start, item.begin, item.end, (values ? projected.values : projected.keys) + index, scale,
+                         stored);
     }
 
-    // Where the row's newest key belongs in the cache.
-    __device__ uint16_t* place_of_newest(const KvWalk<D>& walk, int32_t kv_head) const {
-        const int32_t token = walk.end - 1;
-        const int64_t block =
-            cache.block_tables[static_cast<int64_t>(walk.row) * cache.table_width + token / cache.block_size];
-        return cache.keys + ((block * cache.num_kv_heads + kv_head) * cache.block_size + token % cache.block_size) * D;
-    }
-
-    __device__ void load_queries(KvSoftmax<D>& softmax, int32_t row, int32_t first_head, int32_t heads) const {
+    __device__ void load_queries(KvSoftmax<D>& softmax, const KvItem& item) const {
         const int32_t g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-        const uint16_t* from =
-            projected.queries + (static_cast<int64_t>(row) * projected.num_heads + first_head + g) * D;
+        const int32_t first_head = rows.first_head_of(item), heads = rows.heads_of(item);
+        const int64_t head = static_cast<int64_t>(item.row) * projected.num_heads + first_head + g;
+        const auto* from = reinterpret_cast<const uint4*>(projected.queries + head * D) + t;
 #pragma unroll
         for (int32_t j = 0; j < D / 32; ++j) {
             softmax.query[j] = make_uint4(0, 0, 0, 0);
             if (g < heads) {
-                softmax.query[j] = ptx::load_l2(reinterpret_cast<const uint4*>(from + 32 * j + 8 * t));
+                softmax.query[j] = ptx::load_l2(from + 4 * j);
             }
         }
-        const float scale = projected.scale * 1.44269504f; // log2(e)
-        const auto of_head = [&](int32_t head) {
-            return head < heads ? scale * norm_scale<D>(projected, row, cache.num_kv_heads, first_head + head) : 0.0f;
+        const auto scale_of = [&](int32_t i) {
+            const float scale = projected.scale * 1.44269504f; // log2(e)
+            return i < heads ? scale * norm_scale<D>(projected, item.row, first_head + i) : 0.0f;
         };
-        softmax.scale = make_float2(of_head(2 * t), of_head(2 * t + 1));
+        softmax.scale = make_float2(scale_of(2 * t), scale_of(2 * t + 1));
     }
 };
 

@@ -7,7 +7,7 @@
 
 #include "activations.cuh"
 #include "api.h"
-#include "kv_softmax.cuh"
+#include "paged_attention.cuh"
 
 namespace fuseline {
 
@@ -15,17 +15,11 @@ __device__ inline float bf16_or(const uint16_t* values, uint32_t i, float otherw
     return values == nullptr ? otherwise : ptx::bf16_to_float(values[i]);
 }
 
-// Where the projection's results are; shapes as in ProjectedRows.
-struct ProjectedBuffers {
-    uint16_t* queries;
-    float *keys, *values, *squares;
-};
-
 template <int D>
 struct QkvEpilogue {
     const fl_attention_args& args;
     const RowScales& scales;
-    ProjectedBuffers out;
+    const ProjectedRows& out;
 
     __device__ void operator()(uint32_t unit, int n, const float (&c)[4]) const {
         constexpr uint32_t kUnits = D / 16; // of a head

@@ -16,6 +16,7 @@
 #define __restrict__ __restrict
 #define __align__(n) __attribute__((aligned(n)))
 #define __launch_bounds__(...)
+#define __maxnreg__(n)
 #define __grid_constant__
 #define FL_PTX inline
 #define FL_DYNAMIC_SHARED(name) unsigned char* name = ::fuseline::emulator::dynamic_shared()
