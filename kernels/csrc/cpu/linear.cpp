@@ -95,19 +95,21 @@ struct Piece {
     int64_t cols;      // a multiple of a step, unless they are the last
     bool first, last;  // whether no columns lie before or behind; sums of those before have been parked
     float* parked;     // accumulators of the panel, Cols vectors a row
+    int64_t ahead;     // distance of what is to be fetched meanwhile
     const float* bias; // of the first row, or null
     float* y;          // of the first row of W and of the panel
     int64_t y_stride;
 };
 
-// Rows [row, row + Rows) times the Cols rows of a panel; x points to the panel's vectors of these columns.
-template <class T, int Rows, int Cols>
-void block(const Piece<T>& piece, int64_t row, const float* x) {
+// Rows row, row + gap … of W, Rows of them, times the Cols rows of a panel; x points to the panel's vectors of these
+// columns. Fetch: bring the lines at piece.ahead into the cache.
+template <class T, int Rows, int Cols, bool Fetch>
+void block(const Piece<T>& piece, int64_t row, int64_t gap, const float* x) {
     constexpr int64_t step = Step<T>::kElements;
     const T* w[Rows];
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i)
-        w[i] = piece.w + (row + i) * piece.row_stride;
+        w[i] = piece.w + (row + i * gap) * piece.row_stride;
     f32v sums[Rows][Cols] = {};
     float* parked = piece.parked + row * Cols * kLanes;
     if (!piece.first) {
@@ -117,17 +119,14 @@ void block(const Piece<T>& piece, int64_t row, const float* x) {
     }
 
     const int64_t size = piece.cols, whole = size / step * step;
-    const int64_t ahead = Rows * piece.row_stride;
-    // A cache line of each row at a time, while the same line of the next block's rows is fetched: the rows are too
-    // short for the hardware to get ahead of.
     constexpr int kStepsPerLine = std::max<int>(1, 64 / (step * sizeof(T)));
     int64_t at = 0;
     for (; at + step * kStepsPerLine <= whole; at += step * kStepsPerLine) {
 #pragma GCC unroll 8
         for (int part = 0; part < kStepsPerLine; ++part) {
 #pragma GCC unroll 16
-            for (int i = part; i < Rows; i += kStepsPerLine)
-                __builtin_prefetch(w[i] + ahead + at);
+            for (int i = part; Fetch && i < Rows; i += kStepsPerLine)
+                __builtin_prefetch(w[i] + piece.ahead + at);
             multiply<T, Rows, Cols>(w, at + part * step, x + (at + part * step) * Cols, sums);
         }
     }
@@ -162,7 +161,7 @@ void block(const Piece<T>& piece, int64_t row, const float* x) {
     for (int col = 0; col < Cols; ++col) {
         float* y = piece.y + col * piece.y_stride + row;
         for (int i = 0; i < Rows; ++i)
-            y[i] = totals[col * Rows + i] + (piece.bias == nullptr ? 0.0f : piece.bias[row + i]);
+            y[i * gap] = totals[col * Rows + i] + (piece.bias == nullptr ? 0.0f : piece.bias[row + i * gap]);
     }
 }
 
@@ -173,28 +172,41 @@ constexpr int block_rows(int panel_rows) {
 }
 constexpr int64_t kGrain = 24; // a multiple of all of them
 
-template <class T, int Cols>
+// How a panel meets the rows of a piece.
+enum class Walk {
+    streams, // W comes from memory: as many rows as a block has, each the start of a stream of adjacent rows
+    fetch,   // block by block, fetching what comes next
+    blocks,  // block by block
+};
+
+template <class T, int Cols, Walk walk>
 void multiply_panel(const Piece<T>& piece, int64_t rows, const float* x) {
     constexpr int kRows = block_rows(Cols);
-    int64_t row = 0;
-    for (; row + kRows <= rows; row += kRows)
-        block<T, kRows, Cols>(piece, row, x);
-    for (; row < rows; ++row)
-        block<T, 1, Cols>(piece, row, x);
+    const int64_t blocks = rows / kRows;
+    // The hardware sees a single row's stream coming, and needs to.
+    constexpr bool fetch = walk == Walk::fetch || (walk == Walk::streams && Cols > 1);
+    for (int64_t i = 0; i < blocks; ++i) {
+        if (walk == Walk::streams)
+            block<T, kRows, Cols, fetch>(piece, i, blocks, x);
+        else
+            block<T, kRows, Cols, fetch>(piece, i * kRows, 1, x);
+    }
+    for (int64_t row = blocks * kRows; row < rows; ++row)
+        block<T, 1, Cols, false>(piece, row, 1, x);
 }
 
 // The piece's rows times a panel of so many rows.
-template <class T>
+template <class T, Walk walk>
 void multiply_panel(const Piece<T>& piece, int64_t rows, const float* x, int64_t panel_rows) {
     switch (panel_rows) {
     case 1:
-        return multiply_panel<T, 1>(piece, rows, x);
+        return multiply_panel<T, 1, walk>(piece, rows, x);
     case 2:
-        return multiply_panel<T, 2>(piece, rows, x);
+        return multiply_panel<T, 2, walk>(piece, rows, x);
     case 3:
-        return multiply_panel<T, 3>(piece, rows, x);
+        return multiply_panel<T, 3, walk>(piece, rows, x);
     default:
-        return multiply_panel<T, kPanel>(piece, rows, x);
+        return multiply_panel<T, kPanel, walk>(piece, rows, x);
     }
 }
 
@@ -209,44 +221,53 @@ void copy_rows(const LinearWeight& weight, Range rows, Range cols, T* to, int64_
     }
 }
 
-// Rows of a weight times many panels, in blocks for the caches: kRowBlock rows by kColBlock columns of W stay in the
-// second-level cache, copied where they are used often enough (rows whose distance is a large power of two would evict
-// each other), while kPanelBlock rows of x go past, a panel of which stays in the first.
-constexpr int64_t kRowBlock = 96, kPanelBlock = 256, kCopyFrom = 32;
+// Rows of a weight times many panels, in blocks for the caches: a few rows of W by kColBlock columns stay in the second
+// level, or the first, while kPanelBlock rows of x go past, a panel of which stays in the first. Few panels: the next
+// such piece of W is fetched meanwhile. Many: the piece is copied, since rows whose distance is a large power of two
+// evict each other.
+constexpr int64_t kRowBlock = 96, kFewRowBlock = 24, kPanelBlock = 256, kManyPanels = 32;
 static_assert(kRowBlock % kGrain == 0 && kPanelBlock % kPanel == 0 && kColBlock % Step<bf16>::kElements == 0);
 
-template <class T>
+template <class T, bool many>
 void multiply_blocked(const LinearWeight& weight, Range rows, const float* packed, int64_t m, float* y,
                       int64_t y_stride) {
-    constexpr int64_t kCopyStride = kColBlock + 64 / sizeof(T);
+    constexpr int64_t row_block = many ? kRowBlock : kFewRowBlock;
+    constexpr int64_t copy_stride = kColBlock + 64 / sizeof(T);
+    constexpr int64_t parked_bytes = kRowBlock * kPanelBlock * kVectorBytes;
     static thread_local Scratch scratch;
-    constexpr int64_t kParkedBytes = kRowBlock * kPanelBlock * kVectorBytes;
-    char* memory = scratch.get(kParkedBytes + kRowBlock * kCopyStride * sizeof(T));
+    char* memory = scratch.get(parked_bytes + kRowBlock * copy_stride * sizeof(T));
     float* parked = reinterpret_cast<float*>(memory);
-    T* copy = reinterpret_cast<T*>(memory + kParkedBytes);
+    T* copy = reinterpret_cast<T*>(memory + parked_bytes);
 
-    for (int64_t row = rows.begin; row < rows.end; row += kRowBlock) {
-        const int64_t num_rows = std::min(kRowBlock, rows.end - row);
+    for (int64_t row = rows.begin; row < rows.end; row += row_block) {
+        const int64_t num_rows = std::min(row_block, rows.end - row);
         for (int64_t group = 0; group < m; group += kPanelBlock) {
             const int64_t group_end = std::min(group + kPanelBlock, m);
-            const bool copied = group_end - group >= kCopyFrom;
             for (int64_t col = 0; col < weight.cols; col += kColBlock) {
                 const Range cols{col, std::min(col + kColBlock, weight.cols)};
-                if (copied)
-                    copy_rows<T>(weight, {row, row + num_rows}, cols, copy, kCopyStride);
                 const int64_t padded = packed_cols<T>(cols.size());
-                Piece<T> piece{copied ? copy : static_cast<const T*>(weight.data) + row * weight.row_stride + col,
-                               copied ? kCopyStride : weight.row_stride,
-                               copied ? padded : cols.size(),
+                const bool last = cols.end == weight.cols;
+                Piece<T> piece{static_cast<const T*>(weight.data) + row * weight.row_stride + col,
+                               weight.row_stride,
+                               cols.size(),
                                cols.begin == 0,
-                               cols.end == weight.cols,
+                               last,
                                parked,
+                               last ? row_block * weight.row_stride - col : kColBlock,
                                weight.bias == nullptr ? nullptr : weight.bias + row,
                                y + group * y_stride + row,
                                y_stride};
+                if (many) {
+                    copy_rows<T>(weight, {row, row + num_rows}, cols, copy, copy_stride);
+                    piece.w = copy, piece.row_stride = copy_stride, piece.cols = padded;
+                }
                 for (int64_t panel = group; panel < group_end; panel += kPanel) {
-                    multiply_panel<T>(piece, num_rows, packed + col * m + panel * padded, m - panel);
-                    piece.parked += kRowBlock * kPanel * kLanes;
+                    const float* x = packed + col * m + panel * padded;
+                    if (!many && panel == group)
+                        multiply_panel<T, Walk::fetch>(piece, num_rows, x, m - panel);
+                    else
+                        multiply_panel<T, Walk::blocks>(piece, num_rows, x, m - panel);
+                    piece.parked += row_block * kPanel * kLanes;
                     piece.y += kPanel * y_stride;
                 }
             }
@@ -256,19 +277,22 @@ void multiply_blocked(const LinearWeight& weight, Range rows, const float* packe
 
 template <class T>
 void linear_rows(const LinearWeight& weight, Range rows, const float* packed, int64_t m, float* y, int64_t y_stride) {
+    if (m >= kManyPanels)
+        return multiply_blocked<T, true>(weight, rows, packed, m, y, y_stride);
     if (m > kPanel)
-        return multiply_blocked<T>(weight, rows, packed, m, y, y_stride);
-    // W is read once, at the speed of memory: straight through. The blocks of columns of a single panel follow closely.
+        return multiply_blocked<T, false>(weight, rows, packed, m, y, y_stride);
+    // W is read once, at the speed of memory. The blocks of columns of a single panel lie close behind each other.
     const Piece<T> piece{static_cast<const T*>(weight.data) + rows.begin * weight.row_stride,
                          weight.row_stride,
                          weight.cols,
                          true,
                          true,
                          nullptr,
+                         weight.row_stride,
                          weight.bias == nullptr ? nullptr : weight.bias + rows.begin,
                          y + rows.begin,
                          y_stride};
-    multiply_panel<T>(piece, rows.size(), packed, m);
+    multiply_panel<T, Walk::streams>(piece, rows.size(), packed, m);
 }
 
 // Where the vectors of a row of x go.
