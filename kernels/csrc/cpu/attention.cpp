@@ -11,7 +11,7 @@ namespace {
 
 constexpr int64_t kTileRows = 48;  // queries of one tile, as far as the heads of a group divide them
 constexpr int64_t kRunKeys = 32;   // most keys that are widened at once; they and the queries stay in the first cache
-constexpr int64_t kDirectRows = 3; // up to here keys are widened in registers instead: one pass serves all rows
+constexpr int64_t kDirectRows = 8; // up to here keys are widened in registers instead: memory is what takes time
 
 int64_t tile_positions(const AttentionShape& shape) {
     return std::max<int64_t>(1, kTileRows / shape.group());
@@ -140,34 +140,70 @@ class Tile {
         }
     }
 
+    // Where the slot of a position lies.
+    const T* at(int64_t position, bool of_values) const {
+        const KvLayer& kv = call_.kv;
+        const int64_t block = table_[position / kv.block_size];
+        return static_cast<const T*>(kv.data) + (of_values ? kv.values_offset() : 0) +
+               kv.at(block, unit_.kv_head, position % kv.block_size);
+    }
+
+    // Positions from `position` on, below `end`, that lie in one block.
+    int64_t contiguous(int64_t position, int64_t end) const {
+        const int64_t size = call_.kv.block_size;
+        return std::min(size - position % size, end - position);
+    }
+
     // Calls use(run, position of its first key) for positions [begin, end) of the context.
     template <class Use>
     void for_runs(int64_t begin, int64_t end, bool of_values, const Use& use) {
-        const KvLayer& kv = call_.kv;
-        const T* base = static_cast<const T*>(kv.data) + (of_values ? kv.values_offset() : 0);
         for (int64_t position = begin; position < end;) {
-            const int64_t offset = position % kv.block_size;
-            const int64_t n = std::min({kv.block_size - offset, end - position, kRunKeys});
-            const T* from = base + kv.at(table_[position / kv.block_size], unit_.kv_head, offset);
-            if (is_direct_)
-                use(Run<T>{from, kv.head_dim, n, width_ / kLanes}, position);
-            else
-                use(widened(from, n), position);
+            int64_t n = 0;
+            if (is_direct_) {
+                n = std::min(contiguous(position, end), kRunKeys);
+                use(Run<T>{at(position, of_values), width_, n, width_ / kLanes,
+                           ahead(position, n, begin, end, of_values)},
+                    position);
+            } else {
+                while (n < kRunKeys && position + n < end) {
+                    const int64_t piece = std::min(contiguous(position + n, end), kRunKeys - n);
+                    widen_rows(at(position + n, of_values), piece, run_[n]);
+                    n += piece;
+                }
+                use(Run<float>{run_.data, width_, n, width_ / kLanes, nullptr}, position);
+            }
             position += n;
         }
     }
 
-    Run<float> widened(const T* from, int64_t n) {
+    // What comes two runs later; behind the keys come the values. Many queries reuse a run: it need not be fetched
+    // ahead.
+    const T* ahead(int64_t position, int64_t n, int64_t begin, int64_t end, bool of_values) const {
+        const int64_t later = position + 2 * n;
+        if (rows_ > kDirectRows || (of_values && later >= end))
+            return nullptr;
+        return later < end ? at(later, of_values) : at(std::min(begin + later - end, end - 1), true);
+    }
+
+    void widen_rows(const T* from, int64_t n, float* to) const {
         const int64_t head_dim = call_.shape.head_dim;
         if (head_dim == width_) {
-            for (int64_t at = 0; at < n * width_; at += kLanes)
-                store(run_.data + at, load(from + at));
-        } else {
-            for (int64_t key = 0; key < n; ++key)
-                for (int64_t at = 0; at < width_; ++at)
-                    run_[key][at] = at < head_dim ? widen(from[key * head_dim + at]) : 0.0f;
+            for (int64_t i = 0; i < n * width_; i += kLanes)
+                store(to + i, load(from + i));
+            return;
         }
-        return {run_.data, width_, n, width_ / kLanes};
+        for (int64_t key = 0; key < n; ++key)
+            for (int64_t i = 0; i < width_; ++i)
+                to[key * width_ + i] = i < head_dim ? widen(from[key * head_dim + i]) : 0.0f;
+    }
+
+    // Rows that see position `first` if their window allows, and `last` if it is not in their future.
+    Range rows_seeing(int64_t first, int64_t last) const {
+        const auto row = [&](int64_t position) {
+            return std::clamp<int64_t>((position - unit_.first_position) * group_, 0, rows_);
+        };
+        const int64_t window = call_.shape.window;
+        return {row(last), window == 0 ? rows_ : row(first + window)};
     }
 
     // split_ and softmax_ of all rows, of the positions of one split.
@@ -175,7 +211,8 @@ class Tile {
         const int64_t start = split * kSplit;
         const int64_t begin = std::max(start, low(0)), end = std::min(start + kSplit, high(rows_ - 1));
         for_runs(begin, end, false, [&](const auto& keys, int64_t position) {
-            score(keys, queries_, {scores_.data + position - start, kSplit}, 0, rows_);
+            const Range any = rows_seeing(position + keys.n - 1, position);
+            score(keys, queries_, {scores_.data + position - start, kSplit}, any.begin, any.end);
         });
         const int64_t from = (begin - start) / kLanes * kLanes, to = round_up(end - start, kLanes);
         for (int64_t row = 0; row < rows_; ++row) {
@@ -187,17 +224,19 @@ class Tile {
         for_runs(begin, end, true, [&](const auto& values, int64_t position) { weigh_run(values, position, start); });
     }
 
-    // Rows that see all of a run are done in blocks. Where some see a part only, what they do not see is left out
-    // rather than weighted with zero: it may be NaN.
+    // Rows that see all of a run are done in blocks. For those that see a part only, the rest is left out rather than
+    // weighted with zero: it may be NaN.
     template <class R>
     void weigh_run(const R& values, int64_t position, int64_t start) {
         const Rows weights{scores_.data + position - start, kSplit};
-        if (position >= low(rows_ - 1) && position + values.n <= high(0))
-            return weigh(values, weights, split_, 0, rows_);
-        for (int64_t row = 0; row < rows_; row += group_) {
-            const int64_t from = std::max(position, low(row)), to = std::min(position + values.n, high(row));
-            if (from >= to)
+        const Range whole = rows_seeing(position, position + values.n - 1);
+        const Range any = rows_seeing(position + values.n - 1, position);
+        if (whole.begin < whole.end)
+            weigh(values, weights, split_, whole.begin, whole.end);
+        for (int64_t row = any.begin; row < any.end; row += group_) {
+            if (whole.begin <= row && row < whole.end)
                 continue;
+            const int64_t from = std::max(position, low(row)), to = std::min(position + values.n, high(row));
             R seen = values;
             seen.data += (from - position) * values.stride;
             seen.n = to - from;

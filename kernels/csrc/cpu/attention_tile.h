@@ -9,14 +9,19 @@ namespace fuseline {
 
 constexpr int kRows = 3;
 
-// Keys or values of one run: n rows of T, each of `vectors` whole vectors, `stride` elements apart.
+// Keys or values of one run: n rows of T, each of `vectors` whole vectors, `stride` elements apart. While it is
+// computed with, as much from `next` on is fetched, where that is not null: hardware does not look beyond a page.
 template <class T>
 struct Run {
     const T* data;
     int64_t stride;
     int64_t n;
     int64_t vectors;
+    const T* next;
 };
+
+template <class T>
+constexpr int64_t kLine = 64 / sizeof(T); // elements of a cache line
 
 // Rows of floats, some apart.
 struct Rows {
@@ -29,18 +34,24 @@ template <class T, int R, int C>
 inline __attribute__((always_inline)) void dot_products(const Run<T>& keys, int64_t first, const Rows& queries,
                                                         f32v (&sums)[R][C]) {
     const T* key = keys.data + first * keys.stride;
+    const T* next = keys.next == nullptr ? nullptr : keys.next + first * keys.stride;
     const float* query = queries.data;
     for (int64_t at = 0; at < keys.vectors * kLanes; at += kLanes) {
-        f32v wide[C];
+        if (next != nullptr) {
+#pragma GCC unroll 8
+            for (int64_t ahead = 0; ahead < C * kLanes; ahead += kLine<T>)
+                __builtin_prefetch(next + C * at + ahead);
+        }
+        f32v wide[R];
 #pragma GCC unroll 4
-        for (int c = 0; c < C; ++c)
-            wide[c] = load(key + c * keys.stride + at);
+        for (int r = 0; r < R; ++r)
+            wide[r] = load(query + r * queries.stride + at);
 #pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) {
-            const f32v q = load(query + r * queries.stride + at);
+        for (int c = 0; c < C; ++c) {
+            const f32v k = load(key + c * keys.stride + at);
 #pragma GCC unroll 4
-            for (int c = 0; c < C; ++c)
-                sums[r][c] = fma(wide[c], q, sums[r][c]);
+            for (int r = 0; r < R; ++r)
+                sums[r][c] = fma(wide[r], k, sums[r][c]);
         }
     }
 }
@@ -74,6 +85,11 @@ inline __attribute__((always_inline)) void weigh_vectors(const Run<T>& values, i
             sums[r][v] = load(out[r] + at + v * kLanes);
     const T* value = values.data + at;
     for (int64_t key = 0; key < values.n; ++key, value += values.stride) {
+        if (values.next != nullptr) {
+#pragma GCC unroll 8
+            for (int64_t ahead = 0; ahead < V * kLanes; ahead += kLine<T>)
+                __builtin_prefetch(values.next + key * values.stride + at + ahead);
+        }
         f32v weight[R];
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r)
@@ -103,15 +119,15 @@ void weigh_block(const Run<T>& values, const Rows& weights, const Rows& out) {
         weigh_vectors<T, R, 1>(values, vector * kLanes, weights, out);
 }
 
-// Calls block<R>(first row) for rows [begin, end), R = kRows as long as there are so many.
+// Calls block<R>(first row) for rows [begin, end) in blocks of kRows, the last ones of 2, or of 1 for a single row.
 template <class Block>
 inline void for_row_blocks(int64_t begin, int64_t end, const Block& block) {
     int64_t row = begin;
-    for (; row + kRows <= end; row += kRows)
+    for (; end - row == kRows || end - row > 4; row += kRows)
         block(std::integral_constant<int, kRows>(), row);
-    if (end - row == 2)
+    for (; end - row >= 2; row += 2)
         block(std::integral_constant<int, 2>(), row);
-    if (end - row == 1)
+    if (row < end)
         block(std::integral_constant<int, 1>(), row);
 }
 
