@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 
 from .errors import KernelArgumentError
+from .quantized import QuantizedWeight
 from .reference.attention_plan import AttentionPlan, KvGeometry
-from .types import FLOAT_DTYPES, StepMetadata
+from .types import FLOAT_DTYPES, StepMetadata, Weight
 
 Tensor = torch.Tensor
 
@@ -36,6 +37,15 @@ def check_last(name: str, x: Tensor, weight: Tensor) -> None:
     check_width(name, x, weight)
     if x.dtype != weight.dtype:
         raise KernelArgumentError(f"{name} {describe(x)} does not fit the weight {describe(weight)}")
+
+
+def check_linear(name: str, x: Tensor, weight: Weight) -> None:
+    """``x`` [..., in] for a weight [out, in]: of its dtype, or of any float type if it is quantised."""
+    if not isinstance(weight, QuantizedWeight):
+        check_dims("weight", weight, 2)
+        check_last(name, x, weight)
+    elif x.shape[-1] != weight.cols or x.device != weight.device or x.dtype not in FLOAT_DTYPES:
+        raise KernelArgumentError(f"{name} {describe(x)} does not fit a weight {weight.shape} of int{weight.bits}")
 
 
 def check_width(name: str, x: Tensor, weight: Tensor) -> None:

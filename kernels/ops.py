@@ -21,8 +21,8 @@ import torch
 from .checks import (
     check_dims,
     check_index,
-    check_last,
     check_layer,
+    check_linear,
     check_rows,
     check_step,
     check_stream,
@@ -33,7 +33,7 @@ from .checks import (
 from .errors import KernelArgumentError
 from .reference import attention, attention_plan, blocks, dense
 from .reference.attention_plan import AttentionPlan, KvGeometry
-from .types import AttentionSpec, AttentionWeights, MlpWeights, StepMetadata
+from .types import AttentionSpec, AttentionWeights, MlpWeights, StepMetadata, Weight
 
 Tensor = torch.Tensor
 
@@ -107,17 +107,16 @@ def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) ->
     return dense.add_rms_norm(x, delta, weight, eps)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x @ weight.T + bias``.
+def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias``, of the dtype of ``x``.
 
     Args:
         x: [..., in].
-        weight: [out, in].
+        weight: [out, in]; a quantised one rounds ``x`` too, see ``kernels.quantized``.
         bias: [out].
     """
-    check_dims("weight", weight, 2)
-    check_last("x", x, weight)
-    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
+    check_linear("x", x, weight)
+    if bias is not None and (tuple(bias.shape) != tuple(weight.shape[:1]) or bias.dtype != x.dtype):
         raise KernelArgumentError(f"bias {tuple(bias.shape)} {bias.dtype} does not fit weight {tuple(weight.shape)}")
     return dense.linear(x, weight, bias)
 
@@ -266,7 +265,7 @@ def mlp_block(residual: Tensor, delta: Tensor | None, weights: MlpWeights, eps: 
 
 
 def head(
-    residual: Tensor, delta: Tensor | None, norm: Tensor, weight: Tensor, logits_indices: Tensor, eps: float
+    residual: Tensor, delta: Tensor | None, norm: Tensor, weight: Weight, logits_indices: Tensor, eps: float
 ) -> Tensor:
     """Logits of the wanted rows over a vocabulary shard: gather, RMSNorm, projection.
 
@@ -280,6 +279,6 @@ def head(
     """
     check_rows(residual, residual.shape[0])
     check_stream(residual, delta, norm)
-    check_last("norm", norm, weight)
+    check_linear("norm", norm, weight)
     check_index("logits_indices", logits_indices, residual)
     return blocks.head(residual, delta, norm, weight, logits_indices, eps)

@@ -22,11 +22,13 @@ class ModelInfo:
     Attributes:
         name: the name it is served under.
         fingerprint: hex SHA-256 over configuration and weight files; equal only for equal models.
-        dtype: of weights and KV cache, by torch's name without ``torch.``: "bfloat16", "float16" or "float32".
+        dtype: of KV cache and weights that are not quantised, by torch's name without ``torch.``: "bfloat16",
+            "float16" or "float32".
         max_model_len: most tokens, prompt and output together, that a sequence may have.
         eos_token_ids: each ends a sequence unless ``ignore_eos``.
         kv_depends_on_prompt_len: prompts that begin alike need not have the same KV (dynamic rotary embedding beyond
             its original length), so prefixes must not be shared.
+        quantization: how linear layers are held, as ``--quantization`` names it; never "auto".
     """
 
     name: str
@@ -36,6 +38,7 @@ class ModelInfo:
     max_model_len: int
     eos_token_ids: tuple[int, ...]
     kv_depends_on_prompt_len: bool = False
+    quantization: str = "none"
 
 
 @dataclass(frozen=True, slots=True)

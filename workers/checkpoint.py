@@ -28,7 +28,8 @@ MAX_HEADER_BYTES = 100 * 2**20
 # At most this much is read at once, so that loading needs little memory beside the weights themselves.
 READ_BYTES = 32 * 2**20
 REMAP_BYTES = 256 * 2**20
-DTYPE_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
+DTYPE_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I8": 1, "I32": 4, "I64": 8}
+FLOATS = ("F32", "BF16", "F16")
 
 # A file up to this size is hashed whole; of a larger one, HASH_SAMPLES pieces of HASH_PIECE_BYTES at equal distances.
 HASH_WHOLE_BYTES = 64 * 2**20
@@ -43,6 +44,11 @@ class TensorInfo:
     file: Path
     dtype: str
     shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """In the file."""
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,32 +95,53 @@ class Checkpoint:
         self._close()
 
     def check(self, wanted: TensorSlice) -> TensorInfo:
-        """What the header says of the tensor a slice is of.
+        """What the header says of the float tensor a slice is of.
 
         Raises:
-            ModelFormatError: the tensor is missing, or has another shape or an unsupported dtype.
+            ModelFormatError: as ``check_tensor`` does.
         """
-        info = self.tensors.get(wanted.name)
+        return self.check_tensor(wanted.name, wanted.shape, FLOATS)
+
+    def check_tensor(self, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> TensorInfo:
+        """What the header says of a tensor.
+
+        Raises:
+            ModelFormatError: the tensor is missing, or has another shape or none of these dtypes.
+        """
+        info = self.tensors.get(name)
         if info is None:
             raise ModelFormatError(
-                f"{', '.join(file.name for file in self.files)} in {self.files[0].parent}: no tensor {wanted.name}",
+                f"{', '.join(file.name for file in self.files)} in {self.files[0].parent}: no tensor {name}",
                 file=self.files[0],
-                tensor=wanted.name,
+                tensor=name,
             )
-        if info.shape != wanted.shape:
+        if info.shape != shape:
             raise ModelFormatError(
-                f"{info.file}: tensor {wanted.name} has shape {list(info.shape)}, the configuration demands "
-                f"{list(wanted.shape)}",
+                f"{info.file}: tensor {name} has shape {list(info.shape)}, the configuration demands {list(shape)}",
                 file=info.file,
-                tensor=wanted.name,
+                tensor=name,
             )
-        if info.dtype not in DTYPE_BYTES:
+        if info.dtype not in dtypes:
             raise ModelFormatError(
-                f"{info.file}: tensor {wanted.name} is {info.dtype}, supported are {', '.join(DTYPE_BYTES)}",
+                f"{info.file}: tensor {name} is {info.dtype}, supported are {', '.join(dtypes)}",
                 file=info.file,
-                tensor=wanted.name,
+                tensor=name,
             )
         return info
+
+    def read_range(
+        self, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...], *ranges: tuple[int, int]
+    ) -> torch.Tensor:
+        """A copy of a part of a tensor, as it is stored; one range ``[start, end)`` for each dimension.
+
+        Raises:
+            ModelFormatError: as ``check_tensor`` does.
+        """
+        info = self.check_tensor(name, shape, dtypes)
+        source = self._open(info.file).get_slice(name)
+        piece: torch.Tensor = source[tuple(slice(*span) for span in ranges)]
+        self._mapped_bytes += piece.nbytes
+        return piece
 
     def read(self, wanted: TensorSlice, out: torch.Tensor) -> Iterator[int]:
         """Copy a slice into ``out``, converting to its dtype, in pieces; yields the bytes read of each.

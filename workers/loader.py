@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,10 +17,13 @@ from ..collectives.communicator import GroupCommunicators
 from ..runtime.config import ModelInfo
 from ..runtime.errors import InvalidArgumentError, ModelFormatError, NotFoundError
 from ..runtime.sharding import ParallelConfig
-from .checkpoint import DTYPE_BYTES, Checkpoint
+from .checkpoint import DTYPE_BYTES, FLOATS, Checkpoint
 from .models.config import DTYPES, DecoderConfig
 from .models.decoder import DecoderModel
 from .models.registry import load_model_config
+from .quantization.cache import FORMAT_VERSION, Arena, aligned, open_arena
+from .quantization.config import ROUNDED, Quantization, resolve_quantization
+from .quantization.pieces import fill
 from .weights import WeightLayout, tensor_names
 
 DEMO_NAME = "demo"
@@ -56,7 +61,12 @@ def resolve_model(name_or_path: str) -> Path:
 
 
 def model_info(
-    path: Path, dtype: str = "auto", max_model_len: int | None = None, name: str = "", device: str = "cpu"
+    path: Path,
+    dtype: str = "auto",
+    max_model_len: int | None = None,
+    name: str = "",
+    device: str = "cpu",
+    quantization: str = "auto",
 ) -> ModelInfo:
     """Describe the model in a directory; reads headers and samples, not the weights.
 
@@ -65,15 +75,26 @@ def model_info(
         device: to run on; only "cpu" matters.
         max_model_len: None takes ``max_position_embeddings``.
         name: that it is served under; the directory's when empty.
+        quantization: one of ``quantization.config.QUANTIZATIONS``.
 
     Raises:
         NotFoundError: the directory holds no configuration or no weights.
         ModelFormatError: they are malformed or not supported.
-        InvalidArgumentError: of ``dtype`` or ``max_model_len``.
+        InvalidArgumentError: of ``dtype``, ``max_model_len`` or ``quantization``.
     """
     config = load_model_config(path)
+    held = resolve_quantization(quantization, config.quantization)
+    if held is not None and device != "cpu":
+        raise InvalidArgumentError(
+            f"quantised weights (quantization={held.name}) are computed on a CPU only, not on {device}",
+            field="quantization",
+            value=held.name,
+            limit="none",
+        )
     with Checkpoint(path) as checkpoint:
         fingerprint = checkpoint.fingerprint((path / "config.json").read_bytes())
+        if held is not None and held.linear.method == ROUNDED:  # another model as far as its KV is concerned
+            fingerprint = hashlib.sha256(f"{fingerprint} {held.name}".encode()).hexdigest()
         if dtype == "auto":
             dtype = config.dtype or _stored_dtype(checkpoint, config)
             dtype = runnable_dtype(dtype, device)
@@ -84,6 +105,7 @@ def model_info(
         fingerprint=fingerprint,
         shape=config.shape(),
         dtype=dtype,
+        quantization=held.name if held is not None else "none",
         max_model_len=max_model_len,
         eos_token_ids=config.eos_token_ids,
         kv_depends_on_prompt_len=config.rope.kind == "dynamic" and max_model_len > config.max_position_embeddings,
@@ -112,28 +134,74 @@ def load_model(
     rank: int,
     communicators: GroupCommunicators,
     progress: Progress | None = None,
+    quantization: str = "auto",
 ) -> DecoderModel:
     """Load what ``rank`` holds; of every tensor only the rank's own slice is read.
 
     Args:
-        dtype: "float32", "bfloat16" or "float16"; weights stored otherwise are converted.
+        dtype: "float32", "bfloat16" or "float16"; floats stored otherwise are converted.
         progress: called with the bytes read so far and the bytes this rank will have read.
+        quantization: as for ``model_info``.
 
     Raises:
         ModelFormatError: the weights are missing, malformed, or not those that ``config`` describes.
     """
-    layout = WeightLayout(config, parallel, rank, parse_dtype(dtype), device)
-    with Checkpoint(path) as checkpoint:
-        _refuse_unknown(checkpoint, config)
+    held = resolve_quantization(quantization, config.quantization)
+    with Checkpoint(path) as checkpoint, _quantized_memory(path, checkpoint, config, parallel, rank, held) as arena:
+        _refuse_unknown(checkpoint, config, held)
+        allocate = arena.allocate if arena is not None else None
+        layout = WeightLayout(config, parallel, rank, parse_dtype(dtype), device, held, allocate)
         infos = {id(piece): checkpoint.check(piece.source) for piece in layout.pieces}
+        sizes = [piece.check(checkpoint) for piece in layout.quantized]
+        if arena is not None and arena.filled:
+            layout.quantized, sizes = [], []
         total = sum(piece.source.num_elements * DTYPE_BYTES[infos[id(piece)].dtype] for piece in layout.pieces)
-        done = 0
+        report = _Report(total + sum(sizes), progress)
         for piece in sorted(layout.pieces, key=lambda piece: infos[id(piece)].file):
             for read in checkpoint.read(piece.source, piece.out):
-                done += read
-                if progress is not None:
-                    progress(done, total)
+                report.add(read)
+        for quantized, size in zip(layout.quantized, sizes, strict=True):
+            before = 0
+            for done in fill(checkpoint, quantized):
+                report.add(int(done * size) - before)
+                before = int(done * size)
     return DecoderModel(config, parallel, rank, layout.weights, communicators.tp)
+
+
+class _Report:
+    """Tells of progress in bytes."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self._done, self._total, self._progress = 0, total, progress
+
+    def add(self, num_bytes: int) -> None:
+        self._done += num_bytes
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+
+
+@contextmanager
+def _quantized_memory(
+    path: Path,
+    checkpoint: Checkpoint,
+    config: DecoderConfig,
+    parallel: ParallelConfig,
+    rank: int,
+    quantization: Quantization | None,
+) -> Iterator[Arena | None]:
+    """Where a rank's quantised weights lie, from the cache if they are in it; None when there are none."""
+    if quantization is None:
+        yield None
+        return
+    meta = torch.device("meta")
+    layout = WeightLayout(config, parallel, rank, torch.float32, meta, quantization)
+    tensors = [tensor for piece in layout.quantized for tensor in piece.out.tensors().values()]
+    num_bytes = sum(aligned(tensor.numel() * tensor.itemsize) for tensor in tensors)
+    fingerprint = checkpoint.fingerprint((path / "config.json").read_bytes())
+    sharding = f"{parallel.tensor_parallel_size} {parallel.pipeline_parallel_size} {rank}"
+    key = hashlib.sha256(f"{FORMAT_VERSION} {fingerprint} {quantization.name} {sharding}".encode()).hexdigest()
+    with open_arena(key[:40], num_bytes) as arena:
+        yield arena
 
 
 def parse_dtype(name: str) -> torch.dtype:
@@ -161,14 +229,22 @@ def _stored_dtype(checkpoint: Checkpoint, config: DecoderConfig) -> str:
     return names[stored.dtype]
 
 
-def _refuse_unknown(checkpoint: Checkpoint, config: DecoderConfig) -> None:
+def _refuse_unknown(checkpoint: Checkpoint, config: DecoderConfig, quantization: Quantization | None) -> None:
     """Weights that the configuration does not account for mean that it describes another model."""
-    known = tensor_names(config) | {config.names.head}
+    known = tensor_names(config, quantization) | {config.names.head}
     for name, info in checkpoint.tensors.items():
         # Old checkpoints carry the rotary frequencies, which follow from the configuration.
-        if name not in known and not name.endswith(".rotary_emb.inv_freq"):
-            raise ModelFormatError(
-                f"{info.file}: tensor {name} is not part of a {config.architecture} as config.json describes it",
-                file=info.file,
-                tensor=name,
-            )
+        if name in known or name.endswith(".rotary_emb.inv_freq") or _is_no_bias(checkpoint, name, quantization):
+            continue
+        why = f"is not part of a {config.architecture} as config.json describes it"
+        if quantization is None and name.endswith((".qweight", ".qzeros", ".g_idx", ".weight_packed")):
+            why = "is of a quantised layer, but config.json has no quantization_config"
+        raise ModelFormatError(f"{info.file}: tensor {name} {why}", file=info.file, tensor=name)
+
+
+def _is_no_bias(checkpoint: Checkpoint, name: str, quantization: Quantization | None) -> bool:
+    """Whether this is the bias of zeros that some quantisers give to layers without one."""
+    info = checkpoint.tensors[name]
+    if quantization is None or not name.endswith(".bias") or len(info.shape) != 1 or info.dtype not in FLOATS:
+        return False
+    return not checkpoint.read_range(name, info.shape, FLOATS, (0, info.shape[0])).any()

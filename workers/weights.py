@@ -12,10 +12,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..kernels.types import AttentionSpec, AttentionWeights, MlpWeights
+from ..kernels.types import AttentionSpec, AttentionWeights, MlpWeights, Weight
+from ..runtime.errors import ModelFormatError
 from ..runtime.sharding import ParallelConfig, check_shardable, kv_range, split_evenly, vocab_range
 from .checkpoint import TensorSlice
 from .models.config import DecoderConfig
+from .quantization.config import ROUNDED, LinearFormat, Quantization
+from .quantization.pieces import Allocate, Part, QuantizedPiece, new_piece
+from .quantization.sources import Module
 
 Tensor = torch.Tensor
 
@@ -41,14 +45,15 @@ class DecoderWeights:
     Attributes:
         embedding: vocabulary rows from ``vocab_start`` on; None unless on the first stage.
         layers: this stage's, in order.
-        norm, head: None unless on the last stage. With tied embeddings on a single stage ``head`` is ``embedding``.
+        norm, head: None unless on the last stage. With tied embeddings on a single stage ``head`` is ``embedding``,
+            unless it is quantised: the table itself never is, and the head is then a weight of its own.
     """
 
     vocab_start: int
     embedding: Tensor | None
     layers: tuple[DecoderLayer, ...]
     norm: Tensor | None
-    head: Tensor | None
+    head: Weight | None
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -62,23 +67,42 @@ class WeightPiece:
 class WeightLayout:
     """Allocates a rank's weights, uninitialised, and lists the pieces that fill them completely.
 
+    Args:
+        quantization: of the linear layers; None for floats.
+        allocate: makes the tensors of quantised weights, asked in an order that depends on the arguments alone; None
+            makes them as all others.
+
     Attributes:
         weights: to be filled.
         pieces: disjoint slices to read, in no particular order.
+        quantized: quantised weights to read.
+
+    Raises:
+        ModelFormatError: the model cannot be cut so.
     """
 
     def __init__(
-        self, config: DecoderConfig, parallel: ParallelConfig, rank: int, dtype: torch.dtype, device: torch.device
+        self,
+        config: DecoderConfig,
+        parallel: ParallelConfig,
+        rank: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        quantization: Quantization | None = None,
+        allocate: Allocate | None = None,
     ) -> None:
         check_shardable(config.shape(), parallel)
         self._config = config
         self._names = config.names
         self._dtype = dtype
         self._device = device
+        self._quantization = quantization
+        self._allocate = allocate or (lambda shape, dtype: torch.empty(shape, dtype=dtype, device=device))
         self._tp_size = parallel.tensor_parallel_size
         self._pp_rank, self._tp_rank = divmod(rank, self._tp_size)
         self._kv = kv_range(config.shape(), parallel, rank)
         self.pieces: list[WeightPiece] = []
+        self.quantized: list[QuantizedPiece] = []
         self.weights = self._layout(is_last=self._pp_rank == parallel.pipeline_parallel_size - 1)
 
     def _layout(self, is_last: bool) -> DecoderWeights:
@@ -90,11 +114,17 @@ class WeightLayout:
         layers = tuple(self._layer(index) for index in range(self._kv.layer_start, self._kv.layer_end))
         if is_last:
             norm = self._whole(self._names.norm, config.hidden_size)
-            if not config.tie_word_embeddings:
-                head = self._vocab_shard(self._names.head, start, end)
-            else:
-                head = embedding if embedding is not None else self._vocab_shard(self._names.embedding, start, end)
+            head = self._head(start, end, embedding)
         return DecoderWeights(start, embedding, layers, norm, head)
+
+    def _head(self, start: int, end: int, embedding: Tensor | None) -> Weight:
+        config, tied = self._config, self._config.tie_word_embeddings
+        name = self._names.embedding if tied else self._names.head
+        form = self._quantization.head if self._quantization is not None else None
+        if form is not None and (form.method == ROUNDED or not tied):
+            module = Module(name.removesuffix(".weight"), config.vocab_size, config.hidden_size)
+            return self._quantized(form, (Part(module, start, end),), (0, config.hidden_size))
+        return embedding if tied and embedding is not None else self._vocab_shard(name, start, end)
 
     def _layer(self, index: int) -> DecoderLayer:
         config = self._config
@@ -124,8 +154,10 @@ class WeightLayout:
         ]
         weights = AttentionWeights(
             norm=self._whole(f"{prefix}{names.attention_norm}.weight", hidden),
-            qkv=self._stacked(parts, "weight", hidden),
-            out=self._columns(f"{prefix}{names.attention_out}.weight", hidden, config.num_heads * size, *queries),
+            qkv=self._linear(parts, (hidden, 0, hidden)),
+            out=self._linear(
+                [(prefix + names.attention_out, hidden, 0, hidden)], (config.num_heads * size, *queries)
+            ),
         )
         if config.qkv_bias:
             weights = replace(weights, qkv_bias=self._stacked(parts, "bias"))
@@ -143,8 +175,8 @@ class WeightLayout:
         parts = [(prefix + names.gate, inner, *channels), (prefix + names.up, inner, *channels)]
         weights = MlpWeights(
             norm=self._whole(f"{prefix}{names.mlp_norm}.weight", hidden),
-            gate_up=self._stacked(parts, "weight", hidden),
-            down=self._columns(f"{prefix}{names.down}.weight", hidden, inner, *channels),
+            gate_up=self._linear(parts, (hidden, 0, hidden)),
+            down=self._linear([(prefix + names.down, hidden, 0, hidden)], (inner, *channels)),
         )
         if config.mlp_bias:
             weights = replace(weights, gate_up_bias=self._stacked(parts, "bias"))
@@ -166,8 +198,38 @@ class WeightLayout:
         shape = (self._config.vocab_size, self._config.hidden_size)
         return self._add(self._empty(end - start, shape[1]), TensorSlice(name, shape, 0, start, end))
 
-    def _columns(self, name: str, rows: int, columns: int, start: int, end: int) -> Tensor:
-        return self._add(self._empty(rows, end - start), TensorSlice(name, (rows, columns), 1, start, end))
+    def _linear(self, parts: list[tuple[str, int, int, int]], columns: tuple[int, int, int]) -> Weight:
+        """Slices of several layers, given as (module, rows in all, start, end), one under the other.
+
+        ``columns`` are (columns in all, start, end) of each; they are cut only where there is one layer.
+        """
+        total, start, end = columns
+        form = self._format([module for module, *_ in parts])
+        if form is not None:
+            stack = tuple(Part(Module(module, rows, total), first, last) for module, rows, first, last in parts)
+            return self._quantized(form, stack, (start, end))
+        if end - start == total:
+            return self._stacked(parts, "weight", total)
+        ((module, rows, _, _),) = parts
+        source = TensorSlice(f"{module}.weight", (rows, total), 1, start, end)
+        return self._add(self._empty(rows, end - start), source)
+
+    def _format(self, modules: list[str]) -> LinearFormat | None:
+        """The format that layers have in common."""
+        if self._quantization is None:
+            return None
+        forms = {self._quantization.format_of(module) for module in modules}
+        if len(forms) > 1:
+            raise ModelFormatError(
+                f"of {', '.join(modules)}, which are computed as one layer, some are quantised and some are not",
+                tensor=modules[0],
+            )
+        return forms.pop()
+
+    def _quantized(self, form: LinearFormat, parts: tuple[Part, ...], cols: tuple[int, int]) -> Weight:
+        piece = new_piece(form, parts, cols, self._allocate)
+        self.quantized.append(piece)
+        return piece.out
 
     def _stacked(self, parts: list[tuple[str, int, int, int]], kind: str, *width: int) -> Tensor:
         """Row slices of several tensors, given as (name, rows in all, start, end), one under the other."""
@@ -180,7 +242,19 @@ class WeightLayout:
         return out
 
 
-def tensor_names(config: DecoderConfig) -> set[str]:
+def tensor_names(config: DecoderConfig, quantization: Quantization | None = None) -> set[str]:
     """Every tensor that a checkpoint of this configuration has, and no other."""
-    layout = WeightLayout(config, ParallelConfig(), 0, torch.float32, torch.device("meta"))
-    return {piece.source.name for piece in layout.pieces}
+    meta = torch.device("meta")
+    layout = WeightLayout(config, ParallelConfig(), 0, torch.float32, meta, quantization)
+    names = {piece.source.name for piece in layout.pieces}
+    return names.union(*(piece.names() for piece in layout.quantized))
+
+
+def check_layout(config: DecoderConfig, parallel: ParallelConfig, quantization: Quantization | None) -> None:
+    """Refuse a way of cutting a model up that its shape or its quantisation does not allow; reads nothing.
+
+    Raises:
+        ModelFormatError: naming the numbers.
+    """
+    for rank in range(parallel.tensor_parallel_size):
+        WeightLayout(config, parallel, rank, torch.float32, torch.device("meta"), quantization)

@@ -18,7 +18,7 @@ import torch
 from ..checks import check_step, describe
 from ..errors import KernelArgumentError
 from ..exchange import NativeAllReduce
-from ..types import AttentionSpec, AttentionWeights, MlpWeights, StepMetadata, Weight, float_weight
+from ..types import AttentionSpec, AttentionWeights, MlpWeights, StepMetadata, Weight
 from .linear import DTYPES, LinearWeight, describe_weight
 from .structures import NativeLayer, NativeModel, NativeStep
 
@@ -64,7 +64,7 @@ class DecoderPlan:
     vocab_start: int
     vocab_size: int
     norm: Tensor | None
-    head: Tensor | None
+    head: Weight | None
     eps: float
     rotary_scaling: float = 1.0
 
@@ -99,7 +99,7 @@ class CpuDecoder:
     """
 
     def __init__(self, library: ctypes.CDLL, plan: DecoderPlan, all_reduce: NativeAllReduce | None = None) -> None:
-        self._keep: list[Tensor] = []
+        self._keep: list[Weight] = []
         _check_plan(plan)
         spec = plan.layers[0].spec
         self._head_dim, self._num_kv_heads = spec.head_dim, spec.num_kv_heads
@@ -243,18 +243,18 @@ class CpuDecoder:
 
     def _weight(self, weight: Weight, bias: Tensor | None = None) -> LinearWeight:
         if bias is not None:
-            self._float(bias)
-            bias = self._keep[-1]
-        tensor = float_weight(weight)
-        self._keep.append(tensor)
-        return describe_weight(tensor, bias)
+            bias = bias.float().contiguous()
+            self._keep.append(bias)
+        self._keep.append(weight)
+        return describe_weight(weight, bias)
 
     def _float(self, tensor: Tensor | None) -> int | None:
         """The address of a float32 copy, or of the tensor itself if it is that."""
         if tensor is None:
             return None
-        self._keep.append(tensor.float().contiguous())
-        return self._keep[-1].data_ptr()
+        kept = tensor.float().contiguous()
+        self._keep.append(kept)
+        return kept.data_ptr()
 
     def _check_cache(self, kv_cache: Tensor) -> None:
         expected = (self._num_layers, 2, kv_cache.shape[2], self._num_kv_heads, kv_cache.shape[4], self._head_dim)
@@ -317,8 +317,8 @@ def _check_plan(plan: DecoderPlan) -> None:
         if layer.spec.num_heads != first.spec.num_heads or layer.spec.head_dim % 2:
             raise KernelArgumentError(f"{layer.spec} does not share a plan with {first.spec}, or has an odd head_dim")
     for name, table in (("embedding", plan.embedding), ("head", plan.head)):
-        if table is not None and (table.dim() != 2 or table.shape[1] != hidden):
-            raise KernelArgumentError(f"{name} must be [rows, {hidden}], got {describe(table)}")
+        if table is not None and (len(table.shape) != 2 or table.shape[1] != hidden):
+            raise KernelArgumentError(f"{name} must be [rows, {hidden}], got {tuple(table.shape)}")
     if (plan.norm is None) != (plan.head is None) or (plan.norm is not None and plan.norm.shape != (hidden,)):
         raise KernelArgumentError(f"norm and head come together, the norm as [{hidden}]")
 

@@ -1,4 +1,4 @@
-"""Linear layers on the CPU, over weights as the checkpoint has them."""
+"""Linear layers on the CPU, over weights as the checkpoint has them, or quantised."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from collections.abc import Sequence
 import torch
 
 from ..errors import KernelArgumentError
+from ..quantized import QuantizedWeight
+from ..types import Weight
 
 Tensor = torch.Tensor
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+QUANTIZED = {8: 3, 4: 4}
 
 
 class LinearWeight(ctypes.Structure):
@@ -25,22 +28,53 @@ class LinearWeight(ctypes.Structure):
         ("bias", ctypes.c_void_p),
         ("scales", ctypes.c_void_p),
         ("zeros", ctypes.c_void_p),
+        ("order", ctypes.c_void_p),
         ("group", ctypes.c_int64),
         ("dtype", ctypes.c_int32),
         ("reserved", ctypes.c_int32),
     )
 
 
-def describe_weight(weight: Tensor, bias: Tensor | None = None) -> LinearWeight:
+def describe_weight(weight: Weight, bias: Tensor | None = None) -> LinearWeight:
     """A weight for the native code.
 
     Args:
-        weight: float32, bfloat16 or float16 [rows, cols]; its rows may lie apart, elements of a row may not.
+        weight: float32, bfloat16 or float16 [rows, cols], whose rows may lie apart, elements of a row may not; or
+            quantised, whose ``order`` names columns that there are.
         bias: float32[rows], contiguous.
 
     Raises:
         KernelArgumentError: it is none of this.
     """
+    described = _quantized(weight) if isinstance(weight, QuantizedWeight) else _float(weight)
+    if bias is not None:
+        rows = described.rows
+        if bias.shape != (rows,) or bias.dtype != torch.float32 or not bias.is_contiguous():
+            raise KernelArgumentError(f"bias must be float32[{rows}], got {tuple(bias.shape)} {bias.dtype}")
+        if bias.device.type != "cpu":
+            raise KernelArgumentError(f"bias must be on the CPU, not on {bias.device}")
+        described.bias = bias.data_ptr()
+    return described
+
+
+def _quantized(weight: QuantizedWeight) -> LinearWeight:
+    if weight.device.type != "cpu":
+        raise KernelArgumentError(f"a weight must be on the CPU, not on {weight.device}")
+    if weight.order is not None and not 0 <= int(weight.order.min()) <= int(weight.order.max()) < weight.cols:
+        raise KernelArgumentError(f"order names columns that a weight of {weight.cols} does not have")
+    return LinearWeight(
+        data=weight.data.data_ptr(),
+        rows=weight.rows,
+        cols=weight.cols,
+        scales=weight.scales.data_ptr(),
+        zeros=None if weight.zeros is None else weight.zeros.data_ptr(),
+        order=None if weight.order is None else weight.order.data_ptr(),
+        group=weight.group,
+        dtype=QUANTIZED[weight.bits],
+    )
+
+
+def _float(weight: Tensor) -> LinearWeight:
     if weight.dim() != 2 or weight.dtype not in DTYPES or weight.device.type != "cpu":
         raise KernelArgumentError(
             f"a weight is a float matrix on the CPU, got {tuple(weight.shape)} {weight.dtype} on {weight.device}"
@@ -49,16 +83,11 @@ def describe_weight(weight: Tensor, bias: Tensor | None = None) -> LinearWeight:
     stride = weight.stride(0)
     if (cols > 1 and weight.stride(1) != 1) or (rows > 1 and stride < cols) or cols == 0:
         raise KernelArgumentError(f"rows of a weight must be contiguous, got {tuple(weight.shape)} {weight.stride()}")
-    if bias is not None and (
-        bias.shape != (rows,) or bias.dtype != torch.float32 or bias.device.type != "cpu" or not bias.is_contiguous()
-    ):
-        raise KernelArgumentError(f"bias must be float32[{rows}] on the CPU, got {tuple(bias.shape)} {bias.dtype}")
     return LinearWeight(
         data=weight.data_ptr(),
         rows=rows,
         cols=cols,
         row_stride=stride if rows > 1 else cols,
-        bias=None if bias is None else bias.data_ptr(),
         dtype=DTYPES[weight.dtype],
     )
 
@@ -66,7 +95,7 @@ def describe_weight(weight: Tensor, bias: Tensor | None = None) -> LinearWeight:
 def linear(
     library: ctypes.CDLL,
     x: Tensor,
-    weights: Sequence[Tensor],
+    weights: Sequence[Weight],
     biases: Sequence[Tensor | None] | None = None,
 ) -> Tensor:
     """``x @ weight.T + bias`` of every weight, side by side.
@@ -86,8 +115,8 @@ def linear(
         raise KernelArgumentError(f"{len(weights)} weights with {len(biases)} biases")
     parts = (LinearWeight * len(weights))(*map(describe_weight, weights, biases))
     first = parts[0]
-    if any((part.dtype, part.cols) != (first.dtype, first.cols) for part in parts):
-        raise KernelArgumentError("weights that share an input have one dtype and one number of columns")
+    if any((part.dtype, part.cols, part.order) != (first.dtype, first.cols, first.order) for part in parts):
+        raise KernelArgumentError("weights that share an input have one dtype, one number and one order of columns")
     if x.dim() != 2 or x.dtype != torch.float32 or x.device.type != "cpu" or x.shape[1] != first.cols:
         raise KernelArgumentError(
             f"x must be float32 [m, {first.cols}], got {tuple(x.shape)} {x.dtype} on {x.device}"

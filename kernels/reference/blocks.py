@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..types import AttentionSpec, AttentionWeights, MlpWeights
+from ..types import AttentionSpec, AttentionWeights, MlpWeights, Weight
 from .attention import kv_store, paged_attention
 from .attention_plan import AttentionPlan
 from .dense import add_rms_norm, linear, rms_norm, rotary_embedding, silu_and_mul
@@ -46,7 +46,7 @@ def mlp_block(residual: Tensor, delta: Tensor | None, weights: MlpWeights, eps: 
 
 
 def head(
-    residual: Tensor, delta: Tensor | None, norm: Tensor, weight: Tensor, logits_indices: Tensor, eps: float
+    residual: Tensor, delta: Tensor | None, norm: Tensor, weight: Weight, logits_indices: Tensor, eps: float
 ) -> Tensor:
     """See ``ops.head``."""
     rows = residual.index_select(0, logits_indices)

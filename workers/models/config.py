@@ -14,6 +14,7 @@ import torch
 
 from ...runtime.errors import InvalidArgumentError
 from ...runtime.sharding import ModelShape
+from ..quantization.config import Quantization, parse_quantization
 from .config_fields import ConfigFields
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -79,6 +80,7 @@ class DecoderConfig:
         sliding_windows: per layer, tokens that a query sees, itself included; None for all.
         dtype: the checkpoint's, None when the configuration does not say.
         eos_token_ids: of ``config.json``, then those that ``generation_config.json`` adds.
+        quantization: of the checkpoint, None when it holds floats.
     """
 
     architecture: str
@@ -100,6 +102,7 @@ class DecoderConfig:
     tie_word_embeddings: bool
     dtype: str | None
     eos_token_ids: tuple[int, ...]
+    quantization: Quantization | None = None
     names: WeightNames = WeightNames()
 
     def shape(self) -> ModelShape:
@@ -179,6 +182,7 @@ def common_config(
         tie_word_embeddings=fields.flag("tie_word_embeddings", default=False),
         dtype=_parse_dtype(fields),
         eos_token_ids=eos_ids(fields, fields.integer("vocab_size")),
+        quantization=parse_quantization(fields.nested("quantization_config")),
     )
 
 
@@ -232,8 +236,6 @@ def eos_ids(fields: ConfigFields, vocab_size: int) -> tuple[int, ...]:
 def _refuse_unsupported(fields: ConfigFields) -> None:
     if "auto_map" in fields:
         raise fields.error("auto_map", "absent: code that comes with a model is never run")
-    if "quantization_config" in fields:
-        raise fields.error("quantization_config", "absent: quantised checkpoints are not supported")
     if fields.text("hidden_act", default="silu") not in ("silu", "swish"):
         raise fields.error("hidden_act", "silu")
 

@@ -14,6 +14,7 @@
 #include <cstdlib>
 
 #include "isa.h"
+#include "linear_quantized.h"
 
 namespace fuseline {
 
@@ -327,6 +328,10 @@ int64_t packed_bytes(const LinearWeight& weight, int64_t m) {
         return m * packed_cols<bf16>(weight.cols) * int64_t(sizeof(float));
     case DType::f16:
         return m * packed_cols<f16>(weight.cols) * int64_t(sizeof(float));
+    case DType::i8:
+        return int8_packed_bytes(weight.cols, m);
+    case DType::i4:
+        return int4_packed_bytes(weight.cols, m);
     default:
         return m * packed_cols<float>(weight.cols) * int64_t(sizeof(float));
     }
@@ -339,6 +344,10 @@ void pack_input(const LinearWeight& weight, const float* x, int64_t x_stride, in
         return pack_rows<bf16>(weight.cols, x, x_stride, m, rows, to);
     case DType::f16:
         return pack_rows<f16>(weight.cols, x, x_stride, m, rows, to);
+    case DType::i8:
+        return pack_int8(weight, x, x_stride, m, rows, packed);
+    case DType::i4:
+        return pack_int4(weight, x, x_stride, m, rows, packed);
     default:
         return pack_rows<float>(weight.cols, x, x_stride, m, rows, to);
     }
@@ -349,13 +358,20 @@ void linear(const Worker& worker, const LinearWeight* parts, int num_parts, cons
     const float* x = static_cast<const float*>(packed);
     for (int part = 0; part < num_parts; ++part) {
         const LinearWeight& weight = parts[part];
-        const Range rows = share(weight.rows, kGrain, worker);
+        const bool quantized = weight.dtype == DType::i8 || weight.dtype == DType::i4;
+        const Range rows = share(weight.rows, quantized ? kPanelRows : kGrain, worker);
         switch (weight.dtype) {
         case DType::bf16:
             linear_rows<bf16>(weight, rows, x, m, y, y_stride);
             break;
         case DType::f16:
             linear_rows<f16>(weight, rows, x, m, y, y_stride);
+            break;
+        case DType::i8:
+            multiply_int8(weight, rows, packed, m, y, y_stride);
+            break;
+        case DType::i4:
+            multiply_int4(weight, rows, packed, m, y, y_stride);
             break;
         default:
             linear_rows<float>(weight, rows, x, m, y, y_stride);

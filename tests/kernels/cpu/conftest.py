@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -17,3 +18,11 @@ def library(request: pytest.FixtureRequest) -> ctypes.CDLL:
     if not supports(request.param):
         pytest.skip(f"this CPU has no {request.param}")
     return load_library(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _small_team_again(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Leave the team of threads as small as it was: ranks that are threads of one process cannot share a larger one."""
+    yield
+    for name in {"library", "quantized_library"}.intersection(request.fixturenames):
+        request.getfixturevalue(name).fl_cpu_team_resize(1, None)

@@ -105,7 +105,7 @@ def test_eos_ids_of_both_files_are_merged(tmp_path: Path) -> None:
         (LLAMA, {"architectures": None}, "architectures", "None"),
         (LLAMA, {"architectures": "LlamaForCausalLM"}, "architectures", "LlamaForCausalLM"),
         (LLAMA, {"auto_map": {"AutoModel": "modeling.Evil"}}, "auto_map", "modeling.Evil"),
-        (LLAMA, {"quantization_config": {"bits": 4}}, "quantization_config", "bits"),
+        (LLAMA, {"quantization_config": {"bits": 4}}, "quantization_config.quant_method", "None"),
         (LLAMA, {"hidden_act": "gelu"}, "hidden_act", "gelu"),
         (LLAMA, {"hidden_size": None}, "hidden_size", "None"),
         (LLAMA, {"vocab_size": 0}, "vocab_size", "0"),

@@ -1,0 +1,175 @@
+"""Quantised linear layers against their definition, at every level of this CPU and at those it lacks, emulated."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fuseline.kernels.build import LibrarySource, build_library, find_compiler
+from fuseline.kernels.cpu.library import LEVELS, SOURCE_FOLDER, library_source, load_library, supports
+from fuseline.kernels.cpu.linear import describe_weight, linear
+from fuseline.kernels.errors import KernelArgumentError
+from fuseline.kernels.quantized import QuantizedWeight, tensor_layout
+from fuseline.kernels.reference import quantized as reference
+
+Tensor = torch.Tensor
+EMULATED = {
+    "vnni, emulated": ("-DFUSELINE_EMULATE_DOT4",),
+    "amx, emulated": ("-DFUSELINE_EMULATE_DOT4", "-DFUSELINE_EMULATE_TILES"),
+}
+FORCED = os.environ.get("FUSELINE_CPU_ISA")
+FORMATS = [(8, 0, False), (4, 32, True), (4, 32, False), (4, 64, True), (4, 128, True)]
+
+
+def build_emulated(flags: tuple[str, ...]) -> ctypes.CDLL:
+    whole = library_source("portable", frozenset())
+    names = ("linear.cpp", "linear_int4.cpp", "linear_int8.cpp", "team.cpp")
+    sources = tuple(SOURCE_FOLDER / name for name in names)
+    flags = (*whole.flags, "-O1", "-Wno-psabi", *flags)
+    source = LibrarySource("fuseline_cpu_emulated", sources, whole.headers, flags, whole.link_flags)
+    return ctypes.CDLL(str(build_library(source, find_compiler(os.environ.get("CXX", ""), "g++", "c++"))))
+
+
+@pytest.fixture(params=[*([FORCED] if FORCED else LEVELS), *EMULATED], scope="session")
+def quantized_library(request: pytest.FixtureRequest) -> ctypes.CDLL:
+    """As ``library``, and the kernels made of instructions that this CPU lacks, in plain C++."""
+    if request.param in EMULATED:
+        return build_emulated(EMULATED[request.param])
+    if not supports(request.param):
+        pytest.skip(f"this CPU has no {request.param}")
+    return load_library(request.param)
+
+
+def random_weight(bits: int, rows: int, cols: int, group: int, zeros: bool, order: bool = False) -> QuantizedWeight:
+    """All integers, zero points and scales that the format allows, in memory that ends where they end."""
+    layout = tensor_layout(bits, rows, cols, group, zeros=zeros, order=order)
+    tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in layout.items()}
+    if order:
+        tensors["order"] = torch.randperm(cols).int()
+    weight = QuantizedWeight(bits, rows, cols, group, **tensors)
+    if bits == 8:
+        reference.pack_int8(torch.randint(-128, 128, (rows, cols), dtype=torch.int8), torch.rand(rows) + 0.1, weight)
+        return weight
+    groups = layout["scales"][0][1]
+    scales = (torch.rand(rows, groups) + 0.1).half()
+    zero_points = torch.randint(0, 17, (rows, groups), dtype=torch.uint8) if zeros else None
+    reference.pack_int4(torch.randint(0, 16, (rows, cols), dtype=torch.uint8), scales, zero_points, weight)
+    return weight
+
+
+def random_input(m: int, cols: int) -> Tensor:
+    """Rows of very different sizes, blocks of zeros, ties when rounded."""
+    x = torch.randn(m, cols) * torch.logspace(-3, 3, m)[:, None]
+    x[:, : cols // 4] = torch.randint(-254, 255, (m, cols // 4)) / 2
+    x[m // 2, cols // 3 :] = 0
+    return x
+
+
+def int8_result(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
+    """What the format demands, to the bit."""
+    if weight.order is not None:
+        x = x[:, weight.order]
+    scales = x.abs().amax(1) / 127
+    q = (x * torch.where(scales > 0, 1 / scales, 0.0)[:, None]).round()
+    sums = (q.double() @ reference.unpack(weight).double().T).float()
+    result = sums * (weight.scales[: weight.rows] * scales[:, None])
+    return result if bias is None else result + bias
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    m=st.one_of(st.integers(1, 20), st.integers(60, 90)),
+    rows=st.integers(1, 70),
+    cols=st.one_of(st.integers(1, 200), st.integers(500, 520)),
+    form=st.sampled_from(FORMATS),
+    with_bias=st.booleans(),
+    with_order=st.booleans(),
+    threads=st.integers(1, 3),
+    seed=st.integers(0, 2**31),
+)
+def test_agrees_with_the_definition(
+    quantized_library: ctypes.CDLL,
+    m: int,
+    rows: int,
+    cols: int,
+    form: tuple[int, int, bool],
+    with_bias: bool,
+    with_order: bool,
+    threads: int,
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    weight = random_weight(form[0], rows, cols, *form[1:], order=with_order)
+    x = random_input(m, cols)
+    bias = torch.randn(rows) if with_bias else None
+    assert quantized_library.fl_cpu_team_resize(threads, None) == 0
+    result = linear(quantized_library, x, [weight], [bias])
+    if weight.bits == 8:
+        assert torch.equal(result, int8_result(x, weight, bias))
+        return
+    ordered = x if weight.order is None else x[:, weight.order]
+    rounded = reference.round_activations(ordered, 32).double()
+    values = reference.dequantize(weight).double()
+    exact = rounded @ values.T + (0 if bias is None else bias.double())
+    # Each block's sum is an integer; what is rounded are products with scales and the sum over blocks.
+    blocks = -(-cols // 32)
+    size = rounded.abs() @ (values.abs().amax(1, keepdim=True) + 16 * 1.1).expand_as(values).T
+    assert ((result - exact).abs() <= size * 2**-23 * (blocks + 4) + 1e-6).all()
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+def test_a_row_does_not_depend_on_its_batch_its_place_or_the_threads(
+    quantized_library: ctypes.CDLL, form: tuple[int, int, bool]
+) -> None:
+    torch.manual_seed(0)
+    weight, x = random_weight(form[0], 100, 333, *form[1:]), random_input(71, 333)
+    quantized_library.fl_cpu_team_resize(1, None)
+    alone = torch.cat([linear(quantized_library, row[None], [weight]) for row in x])
+    for threads in (1, 2, 3):
+        quantized_library.fl_cpu_team_resize(threads, None)
+        for first, end in ((0, 71), (5, 71), (1, 3), (7, 10), (13, 64), (2, 7)):
+            assert torch.equal(linear(quantized_library, x[first:end], [weight]), alone[first:end])
+
+
+@pytest.mark.parametrize("form", [FORMATS[0], FORMATS[1]], ids=str)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_row_that_is_not_finite_spoils_no_other(
+    quantized_library: ctypes.CDLL, form: tuple[int, int, bool], bad: float
+) -> None:
+    torch.manual_seed(0)
+    weight, x = random_weight(form[0], 20, 96, *form[1:]), random_input(9, 96)
+    expected = linear(quantized_library, x, [weight])
+    x[4, 77] = bad
+    result = linear(quantized_library, x, [weight])
+    assert result[4].isnan().all()
+    kept = [row for row in range(9) if row != 4]
+    assert torch.equal(result[kept], expected[kept])
+
+
+def test_the_largest_integers_do_not_overflow(quantized_library: ctypes.CDLL) -> None:
+    for bits, group, q in ((8, 0, -128), (8, 0, 127), (4, 32, 15)):
+        weight = random_weight(bits, 16, 4096, group, zeros=bits == 4)
+        dtype = torch.int8 if bits == 8 else torch.uint8
+        integers = torch.full((16, 4096), q, dtype=dtype)
+        if bits == 8:
+            reference.pack_int8(integers, torch.ones(16), weight)
+        else:
+            ones = torch.ones(16, 128)
+            reference.pack_int4(integers, ones.half(), torch.zeros(16, 128, dtype=torch.uint8), weight)
+        for m in (1, 3, 33):
+            result = linear(quantized_library, torch.full((m, 4096), -127.0), [weight])
+            assert torch.equal(result, torch.full((m, 16), -127.0 * q * 4096))
+
+
+def test_an_order_of_columns_that_do_not_exist_is_refused() -> None:
+    weight = random_weight(4, 16, 64, 32, zeros=False, order=True)
+    assert weight.order is not None
+    for order in (weight.order + 1, weight.order - 1):
+        with pytest.raises(KernelArgumentError, match="order names columns"):
+            describe_weight(replace(weight, order=order))
