@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ import torch
 from ..collectives.communicator import CommunicatorStore
 from ..collectives.kv_transfer import KvReceiver
 from ..collectives.step_channel import StepChannel, StepListener
+from ..kernels.cpu.threads import usable_cores
 from ..runtime.config import CacheConfig, EngineConfig, SchedulerConfig
 from ..runtime.engine import Engine
 from ..runtime.errors import InvalidArgumentError, UnavailableError
@@ -21,7 +21,7 @@ from ..runtime.handoff import RankEndpoint
 from ..runtime.sharding import ParallelConfig, kv_range
 from .executor import GroupExecutor
 from .launcher import LocalLauncher, RankLauncher, RankProcess
-from .loader import Progress, model_info, resolve_model
+from .loader import Progress, check_cut, model_info, resolve_model
 from .rank import RankWorker
 from .rank_protocol import CODEC, AllocateCache, Loaded, Loading, LoadModel, Ready
 
@@ -36,12 +36,13 @@ class GroupConfig:
         device: "cpu", "cuda", or "auto" for cuda where there is one.
         dtype: of weights, computation and KV cache; "auto" takes the checkpoint's, or float32 on a CPU without
             instructions for that.
+        quantization: of the linear layers, one of ``runtime.config.QUANTIZATIONS``; "auto" takes the checkpoint's.
         max_model_len: None takes what the model was made for.
         num_kv_blocks: None takes what ``kv_cache_memory_bytes`` has room for.
         kv_cache_memory_bytes: per rank. None: what ``gpu_memory_utilization`` leaves on a GPU; on a CPU an eighth of
             the free memory, at most 2 GiB, shared by the ranks. Never more than ``max_num_seqs`` sequences can fill.
-        num_threads: of each rank on a CPU. None: this machine's cores shared by the ranks; a single rank then leaves
-            torch's own setting alone.
+        num_threads: of each rank on a CPU. None: the cores this process may use (affinity, cgroup), shared by the
+            ranks; a single rank then leaves torch's own setting alone.
         transfers_kv: whether KV is handed off to, or taken over from, other groups.
         start_timeout_s: for all ranks to have started and loaded.
         step_timeout_s: for one step, and each exchange in it.
@@ -51,6 +52,7 @@ class GroupConfig:
     name: str = ""
     device: str = "auto"
     dtype: str = "auto"
+    quantization: str = "auto"
     max_model_len: int | None = None
     parallel: ParallelConfig = ParallelConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
@@ -136,8 +138,9 @@ class ModelGroup:
         launcher = launcher or LocalLauncher()
         device = _resolve_device(config.device)
         path = resolve_model(config.model)
-        info = model_info(path, config.dtype, config.max_model_len, config.name, device)
+        info = model_info(path, config.dtype, config.max_model_len, config.name, device, config.quantization)
         parallel, scheduler = config.parallel, config.scheduler
+        check_cut(path, parallel, info.quantization)
         # What can be refused is refused here; the number of blocks is settled once the weights are in memory.
         cache = CacheConfig(config.num_kv_blocks or 1, config.block_size, config.enable_prefix_caching)
         engine_config = EngineConfig(info, cache, scheduler, parallel)
@@ -257,4 +260,4 @@ def _threads_per_rank(config: GroupConfig) -> int | None:
     world_size = config.parallel.world_size
     if config.num_threads is not None or world_size == 1:
         return config.num_threads
-    return max(1, len(os.sched_getaffinity(0)) // world_size)
+    return max(1, usable_cores() // world_size)

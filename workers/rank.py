@@ -25,6 +25,7 @@ import torch
 from ..collectives.communicator import GroupCommunicators, make_communicators
 from ..collectives.kv_transfer import KvReceiver, KvSender, TransferSummary, host_id
 from ..collectives.step_channel import StepChannel
+from ..kernels.cpu.threads import set_num_threads
 from ..runtime.config import EngineConfig
 from ..runtime.errors import (
     FuselineError,
@@ -185,6 +186,8 @@ class RankWorker:
             torch.set_num_threads(config.num_threads)
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
+        else:
+            set_num_threads(config.num_threads)
         path = resolve_model(config.model)
         info, parallel = config.info, config.parallel
         if (

@@ -42,7 +42,7 @@ class LoadModel:
         info: as the first rank read it; the rank's own files must agree.
         store_address: of the group's ``CommunicatorStore``.
         timeout_s: of joining, and of every collective call.
-        num_threads: for computing on a CPU; None leaves torch's setting alone.
+        num_threads: for computing on a CPU; None: native kernels take the cores there are, torch what it likes.
         memory_fraction: of a GPU, that weights, KV cache and work space may take together.
         num_kv_blocks: taken as given, whatever the memory; None: as many as fit.
         kv_cache_memory_bytes: for this rank's KV cache; None: from the free memory.
