@@ -86,7 +86,7 @@ class AttentionSpec:
             raise KernelArgumentError(f"sliding_window must be at least 1, got {self.sliding_window}")
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(frozen=True, eq=False, slots=True, weakref_slot=True)
 class AttentionWeights:
     """Weights of one attention block: RMSNorm, QKV, per-head norms of Q and K, output projection.
 
@@ -129,7 +129,7 @@ class AttentionWeights:
         _check_weights(self, expected, self.norm)
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(frozen=True, eq=False, slots=True, weakref_slot=True)
 class MlpWeights:
     """Weights of one gated MLP block.
 

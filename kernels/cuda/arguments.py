@@ -12,6 +12,7 @@ from ..errors import KernelArgumentError
 
 Tensor = torch.Tensor
 BULK_ALIGNMENT = 16  # of bulk copies and 16-byte loads
+MAX_BATCH = 64  # tokens of a call; it may be cut into several launches
 
 
 def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:

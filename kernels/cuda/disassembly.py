@@ -65,8 +65,8 @@ def find_cuobjdump() -> str:
     )
 
 
-def read_kernels(library: Path) -> dict[str, Kernel]:
-    """All kernels of a library, by name.
+def read_kernels(library: Path) -> list[Kernel]:
+    """All kernels of a library; instances of a template over types have the same name.
 
     Raises:
         CompilerNotFoundError: there is no cuobjdump.
@@ -75,11 +75,10 @@ def read_kernels(library: Path) -> dict[str, Kernel]:
     tool = find_cuobjdump()
     usage = parse_usage(_run(tool, "--dump-resource-usage", str(library)))
     code = parse_code(_run(tool, "--dump-sass", str(library)))
-    kernels = (
+    return [
         Kernel(readable(mangled), *numbers, opcodes=code.get(mangled, Counter()))
         for mangled, numbers in usage.items()
-    )
-    return {kernel.name: kernel for kernel in kernels}
+    ]
 
 
 def parse_usage(text: str) -> dict[str, tuple[int, int, int]]:

@@ -43,13 +43,22 @@ class Problem:
 
     Attributes:
         name: of the library's functions, as in fl_cuda_<name>_limits.
+        entry: the function that launches it.
+        dims: whatever of the arguments the plan and the size of the scratch memory depend on, but the batch.
         phases: rows and columns of the weights that are streamed one after the other.
-        arguments: an argument struct for a batch, its launch not filled in.
+        arguments: an argument struct for a batch, its launch and pointers not filled in.
     """
 
     name: str
+    entry: str
+    dims: tuple[int, ...]
     phases: tuple[tuple[int, int], ...]
     arguments: Callable[[int], ctypes.Structure]
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Problems of equal keys are planned alike and share scratch memory."""
+        return (self.name, *self.dims)
 
 
 def plan_launch(library: CudaLibrary, problem: Problem, batch: int) -> Launch:
@@ -123,7 +132,7 @@ def _most_stages(library: CudaLibrary, problem: Problem, batch: int, cluster: in
 def _limits(library: CudaLibrary, problem: Problem, batch: int, cluster: int, stages: int) -> ctypes.Structure:
     """The library's answer; ``shared_bytes`` is filled in even where the device refuses."""
     args, limits = problem.arguments(batch), library.header.structs["fl_limits"]()
-    args.launch = library.header.structs["fl_launch"](cluster, 1, stages, 0)
+    args.launch = library.header.structs["fl_launch"](cluster=cluster, num_clusters=1, stages=stages)
     library.call(f"fl_cuda_{problem.name}_limits", ctypes.byref(args), ctypes.byref(limits))
     return limits
 

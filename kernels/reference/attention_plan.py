@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -85,35 +86,45 @@ class AttentionWork:
     chunks: tuple[PrefillChunk, ...]
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(frozen=True, eq=False)
 class AttentionPlan:
-    """What every attention layer of a step shares.
+    """What every attention layer of a step shares; laid out when first asked for, since fused blocks need none of it.
 
     Attributes:
-        store_rows: int64[T * K], rows of a layer's keys seen as [num_blocks * K * block_size, D].
-        work: by sliding window.
-        workspace: [n, block_size * D], where every gather goes: fresh memory for each would cost more than the copy.
+        windows: the sliding windows that occur among the layers.
+        dtype: of the queries.
     """
 
     step: StepMetadata
     geometry: KvGeometry
-    store_rows: Tensor
-    work: dict[int | None, AttentionWork]
-    workspace: Tensor
+    windows: frozenset[int | None]
+    dtype: torch.dtype
+
+    @cached_property
+    def store_rows(self) -> Tensor:
+        """int64[T * K], rows of a layer's keys seen as [num_blocks * K * block_size, D]."""
+        return _store_rows(self.step.slot_mapping, self.geometry)
+
+    @cached_property
+    def work(self) -> dict[int | None, AttentionWork]:
+        """The gathers, by sliding window."""
+        return {window: _plan_window(self.step, self.geometry, window, self.dtype) for window in self.windows}
+
+    @cached_property
+    def workspace(self) -> Tensor:
+        """[n, block_size * D], where every gather goes: fresh memory for each would cost more than the copy."""
+        gathers = [part.pages for each in self.work.values() for part in each.groups]
+        gathers += [part.pages for each in self.work.values() for part in each.chunks]
+        largest = max(pages.shape[0] for pages in gathers)
+        shape = (largest, self.geometry.block_size * self.geometry.head_dim)
+        return torch.empty(shape, dtype=self.dtype, device=self.step.slot_mapping.device)
 
 
 def plan_attention(
     step: StepMetadata, geometry: KvGeometry, windows: Iterable[int | None], dtype: torch.dtype
 ) -> AttentionPlan:
     """See ``ops.plan_attention``."""
-    work = {window: _plan_window(step, geometry, window, dtype) for window in set(windows)}
-    gathers = [part.pages for each in work.values() for part in each.groups]
-    gathers += [part.pages for each in work.values() for part in each.chunks]
-    largest = max(pages.shape[0] for pages in gathers)
-    workspace = torch.empty(
-        (largest, geometry.block_size * geometry.head_dim), dtype=dtype, device=step.slot_mapping.device
-    )
-    return AttentionPlan(step, geometry, _store_rows(step.slot_mapping, geometry), work, workspace)
+    return AttentionPlan(step, geometry, frozenset(windows), dtype)
 
 
 def _store_rows(slots: Tensor, geometry: KvGeometry) -> Tensor:
