@@ -46,7 +46,7 @@ class RotaryEmbedding:
         prompt_lens = batch.prompt_lens.repeat_interleave(query_lens, output_size=batch.num_tokens)
         lengths = torch.maximum(batch.positions + 1, prompt_lens)[:, None]
         factor, limit = self._config.factor, self._config.original_max_position
-        # In float64, so that a power's last bit, which may depend on the element's place in the tensor, is rounded away.
+        # In float64: the last bit of a power may depend on its place in the tensor, and is rounded away so.
         stretch = ((factor * lengths.double() / limit) - (factor - 1)).clamp_min(1.0)
         stretched = 1.0 / ((self._config.theta * stretch**self._base_exponent) ** self._exponents)
         return torch.where(lengths > limit, stretched.float(), self._inv_freq)
