@@ -98,6 +98,7 @@ def group_config(config: ClusterConfig, pool: WorkerRole) -> GroupConfig:
         name=config.name,
         device=config.device,
         dtype=config.dtype,
+        quantization=config.quantization,
         max_model_len=limits.max_model_len,
         parallel=config.pool(pool).parallel,
         scheduler=limits.scheduler(),

@@ -23,8 +23,7 @@ from types import FrameType
 from .. import __version__
 from ..runtime.config import ModelInfo
 from ..runtime.errors import UnavailableError
-from ..runtime.sharding import check_shardable
-from ..workers.loader import model_info, resolve_model, runnable_dtype
+from ..workers.loader import check_cut, model_info, resolve_model, runnable_dtype
 from ..workers.tokenizer import Tokenizer
 from .cluster_config import ClusterConfig, PoolConfig, is_loopback
 from .cluster_service import ClusterService
@@ -57,9 +56,10 @@ def run_cluster(config: ClusterConfig, say: Say) -> None:
         _check_port(config)
         _check_ray(config.ray_address)
         path = resolve_model(config.model)
-        model = model_info(path, config.dtype, config.limits.max_model_len, config.name, config.device)
+        limits = config.limits
+        model = model_info(path, config.dtype, limits.max_model_len, config.name, config.device, config.quantization)
         for pool in (config.prefill, config.decode):
-            check_shardable(model.shape, pool.parallel)
+            check_cut(path, pool.parallel, config.quantization)
         tokenizer = Tokenizer.load(path)
         say(f"fuseline {__version__} serves {config.name}")
         say(f"{_pool('prefill', config.prefill)}, {_pool('decode', config.decode)}")

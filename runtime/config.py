@@ -7,6 +7,24 @@ from dataclasses import dataclass
 from .errors import InvalidArgumentError
 from .sharding import ModelShape, ParallelConfig, check_shardable
 
+QUANTIZATIONS = ("auto", "none", "int8", "int4", "int4_g64", "int4_g128", "gptq", "awq", "compressed-tensors")
+"""What ``--quantization`` may say; see ``workers.quantization.config`` for what it means."""
+
+
+def check_quantization(name: str) -> None:
+    """Refuse a value that ``--quantization`` does not know.
+
+    Raises:
+        InvalidArgumentError: naming it.
+    """
+    if name not in QUANTIZATIONS:
+        raise InvalidArgumentError(
+            f"quantization must be one of {', '.join(QUANTIZATIONS)}; got {name!r}",
+            field="quantization",
+            value=name,
+            limit=", ".join(QUANTIZATIONS),
+        )
+
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:

@@ -118,6 +118,9 @@ class LLM:
         device: "cpu", "cuda", or "auto" for cuda where there is one.
         dtype: "float32", "bfloat16", "float16", or "auto" for the checkpoint's, or float32 on a CPU without
             instructions for that.
+        quantization: of the linear layers: "int8" (with 8-bit activations), "int4" (groups of 32), "int4_g64",
+            "int4_g128" round the weights while loading, "none" leaves them; "auto" follows the checkpoint, which may
+            be of GPTQ, AWQ or compressed-tensors.
         max_model_len: most tokens of a sequence, prompt and output; None takes what the model was made for.
         max_num_seqs: most sequences that run at once.
         max_num_batched_tokens: most tokens that one step computes.
@@ -139,6 +142,7 @@ class LLM:
         pipeline_parallel_size: int = 1,
         device: str = "auto",
         dtype: str = "auto",
+        quantization: str = "auto",
         max_model_len: int | None = None,
         block_size: int = 16,
         max_num_seqs: int = 64,
@@ -153,6 +157,7 @@ class LLM:
             model=str(model),
             device=device,
             dtype=dtype,
+            quantization=quantization,
             max_model_len=max_model_len,
             parallel=ParallelConfig(tensor_parallel_size, pipeline_parallel_size),
             scheduler=SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens),

@@ -24,7 +24,7 @@ from .models.registry import load_model_config
 from .quantization.cache import FORMAT_VERSION, Arena, aligned, open_arena
 from .quantization.config import ROUNDED, Quantization, resolve_quantization
 from .quantization.pieces import fill
-from .weights import WeightLayout, tensor_names
+from .weights import WeightLayout, check_layout, tensor_names
 
 DEMO_NAME = "demo"
 DEMO_PATH = Path(__file__).parent / "models" / "demo"
@@ -72,10 +72,10 @@ def model_info(
 
     Args:
         dtype: to run in; "auto" takes the checkpoint's if the device computes in it, see ``runnable_dtype``.
-        device: to run on; only "cpu" matters.
+        device: to run on; "auto" where that is not known yet.
         max_model_len: None takes ``max_position_embeddings``.
         name: that it is served under; the directory's when empty.
-        quantization: one of ``quantization.config.QUANTIZATIONS``.
+        quantization: one of ``runtime.config.QUANTIZATIONS``.
 
     Raises:
         NotFoundError: the directory holds no configuration or no weights.
@@ -84,9 +84,9 @@ def model_info(
     """
     config = load_model_config(path)
     held = resolve_quantization(quantization, config.quantization)
-    if held is not None and device != "cpu":
+    if held is not None and device == "cuda":
         raise InvalidArgumentError(
-            f"quantised weights (quantization={held.name}) are computed on a CPU only, not on {device}",
+            f"quantised weights (quantization={held.name}) are computed on a CPU only; use device=cpu",
             field="quantization",
             value=held.name,
             limit="none",
@@ -110,6 +110,16 @@ def model_info(
         eos_token_ids=config.eos_token_ids,
         kv_depends_on_prompt_len=config.rope.kind == "dynamic" and max_model_len > config.max_position_embeddings,
     )
+
+
+def check_cut(path: Path, parallel: ParallelConfig, quantization: str = "auto") -> None:
+    """Refuse a sharding that the model's shape or its quantisation does not allow, before any rank is started.
+
+    Raises:
+        ModelFormatError: naming the numbers.
+    """
+    config = load_model_config(path)
+    check_layout(config, parallel, resolve_quantization(quantization, config.quantization))
 
 
 def runnable_dtype(dtype: str, device: str) -> str:

@@ -190,14 +190,13 @@ class RankWorker:
             set_num_threads(config.num_threads)
         path = resolve_model(config.model)
         info, parallel = config.info, config.parallel
-        if (
-            self.rank > 0
-            and (found := model_info(path, info.dtype, info.max_model_len).fingerprint) != info.fingerprint
-        ):
-            raise ModelFormatError(
-                f"{path} is not the model that the first rank has: fingerprint {found}, not {info.fingerprint}",
-                path=path,
-            )
+        if self.rank > 0:
+            found = model_info(path, info.dtype, info.max_model_len, quantization=info.quantization).fingerprint
+            if found != info.fingerprint:
+                raise ModelFormatError(
+                    f"{path} is not the model that the first rank has: fingerprint {found}, not {info.fingerprint}",
+                    path=path,
+                )
         self._communicators = make_communicators(
             config.store_address, parallel, self.rank, self._device, config.timeout_s, self._host
         )
@@ -210,6 +209,7 @@ class RankWorker:
             self.rank,
             self._communicators,
             _LoadingReporter(self.rank, self._progress),
+            info.quantization,
         )
         self._config = config
         if config.num_kv_blocks is not None:

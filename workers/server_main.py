@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--port", type=int, default=0, help="0 lets the system choose")
     add("--device", default=group.device, help="auto, cpu or cuda")
     add("--dtype", default=group.dtype, help="auto takes the checkpoint's")
+    add("--quantization", default=group.quantization, help="auto takes the checkpoint's")
     add("--tensor-parallel-size", type=int, default=1, help="ranks that share each layer")
     add("--pipeline-parallel-size", type=int, default=1, help="ranks that share the layers")
     add("--max-model-len", type=int, default=None, help="most tokens of a sequence; the model's own by default")
@@ -67,6 +68,7 @@ def _group_config(args: argparse.Namespace) -> GroupConfig:
         model=args.model,
         device=args.device,
         dtype=args.dtype,
+        quantization=args.quantization,
         max_model_len=args.max_model_len,
         parallel=ParallelConfig(args.tensor_parallel_size, args.pipeline_parallel_size),
         scheduler=SchedulerConfig(args.max_num_seqs, args.max_num_batched_tokens),

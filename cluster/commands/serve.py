@@ -51,6 +51,15 @@ def serve(
     dtype: Annotated[
         str, typer.Option(help="auto, float32, bfloat16 or float16.", rich_help_panel=_ENGINE)
     ] = _CONFIG.dtype,
+    quantization: Annotated[
+        str,
+        typer.Option(
+            "--quantization",
+            "-q",
+            help="Of linear layers: int8, int4, int4_g64, int4_g128 round them; none; auto is the checkpoint's.",
+            rich_help_panel=_ENGINE,
+        ),
+    ] = _CONFIG.quantization,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.", rich_help_panel=_ENGINE)] = _CONFIG.device,
     max_model_len: Annotated[
         int | None,
@@ -104,6 +113,7 @@ def serve(
         model=model,
         served_name=served_model_name,
         dtype=dtype,
+        quantization=quantization,
         device=device,
         prefill=PoolConfig(
             prefill,

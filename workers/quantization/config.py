@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass
 
 from ...kernels.quantized import ACTIVATION_BLOCK
+from ...runtime.config import check_quantization
 from ...runtime.errors import InvalidArgumentError
 from ..models.config_fields import ConfigFields
 
@@ -52,7 +53,6 @@ ROUNDINGS = {
     "int4_g64": LinearFormat(ROUNDED, 4, 64, zeros=True),
     "int4_g128": LinearFormat(ROUNDED, 4, 128, zeros=True),
 }
-QUANTIZATIONS = ("auto", "none", *ROUNDINGS, *METHODS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,21 +74,6 @@ class Quantization:
     def format_of(self, module: str) -> LinearFormat | None:
         """The format of a layer's projection, None if it holds floats."""
         return None if any(_matches(pattern, module) for pattern in self.ignored) else self.linear
-
-
-def check_quantization(name: str) -> None:
-    """Refuse a value that ``--quantization`` does not know.
-
-    Raises:
-        InvalidArgumentError: naming it.
-    """
-    if name not in QUANTIZATIONS:
-        raise InvalidArgumentError(
-            f"quantization must be one of {', '.join(QUANTIZATIONS)}; got {name!r}",
-            field="quantization",
-            value=name,
-            limit=", ".join(QUANTIZATIONS),
-        )
 
 
 def resolve_quantization(requested: str, stored: Quantization | None) -> Quantization | None:

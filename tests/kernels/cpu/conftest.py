@@ -22,7 +22,7 @@ def library(request: pytest.FixtureRequest) -> ctypes.CDLL:
 
 @pytest.fixture(autouse=True)
 def _small_team_again(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Leave the team of threads as small as it was: ranks that are threads of one process cannot share a larger one."""
+    """Leave the team of threads as small as it was: ranks that are threads of a process cannot share a larger one."""
     yield
     for name in {"library", "quantized_library"}.intersection(request.fixturenames):
         request.getfixturevalue(name).fl_cpu_team_resize(1, None)
