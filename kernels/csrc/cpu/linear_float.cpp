@@ -1,0 +1,325 @@
+// Dense linear layers: a dot-product micro-kernel, vectorised along cols.
+//
+// An element of y has one vector accumulator that runs over cols in order; its lanes are summed at the end. A block of
+// Rows rows of W by Cols rows of x is computed at once, so that each vector of W that is read and widened serves Cols
+// products and each of x serves Rows. Blocks of different shapes do the same operations per element, so the result
+// does not depend on which block an element falls into.
+//
+// Packed x: blocks of kColBlock columns, in each the panels of kPanel rows (the last may have fewer), in each panel
+// [vectors along cols][rows of the panel][kLanes], zero beyond cols. For bf16 weights each pair of vectors holds the
+// even, then the odd elements of 2 * kLanes: a vector of bf16 read as 32-bit integers is widened by a shift and a mask,
+// without a shuffle.
+#include "linear_float.h"
+
+#include "isa.h"
+
+namespace fuseline {
+
+namespace {
+
+constexpr int kPanel = 4;
+constexpr int64_t kColBlock = 512;
+
+// Elements of W that one step of the micro-kernel takes along cols, and how they become vectors.
+template <class T>
+struct Step {
+    static constexpr int kVectors = 1;
+    static constexpr int kElements = kLanes;
+    static f32v vector(const T* from, int) { return load(from); }
+};
+
+template <>
+struct Step<bf16> {
+    static constexpr int kVectors = 2;
+    static constexpr int kElements = 2 * kLanes;
+    static f32v vector(const bf16* from, int odd) {
+        const u32v pairs = load_bytes<u32v>(from);
+        return odd ? (f32v)(pairs & 0xffff0000u) : (f32v)(pairs << 16);
+    }
+};
+
+template <class T>
+int64_t packed_cols(int64_t cols) {
+    constexpr int64_t step = Step<T>::kElements;
+    return (cols + step - 1) / step * step;
+}
+
+template <class T, int Rows, int Cols>
+inline __attribute__((always_inline)) void multiply(const T* const (&w)[Rows], int64_t at, const float* x,
+                                                    f32v (&sums)[Rows][Cols]) {
+#pragma GCC unroll 2
+    for (int vector = 0; vector < Step<T>::kVectors; ++vector) {
+        f32v widened[Rows];
+#pragma GCC unroll 16
+        for (int row = 0; row < Rows; ++row)
+            widened[row] = Step<T>::vector(w[row] + at, vector);
+#pragma GCC unroll 16
+        for (int col = 0; col < Cols; ++col) {
+            const f32v input = load(x + (vector * Cols + col) * kLanes);
+#pragma GCC unroll 16
+            for (int row = 0; row < Rows; ++row)
+                accumulate(sums[row][col], widened[row], input);
+        }
+    }
+}
+
+// What the blocks of a piece of work have in common: some rows and columns of W, and a panel of x.
+template <class T>
+struct Piece {
+    const T* w; // the first row, first column
+    int64_t row_stride;
+    int64_t cols;      // a multiple of a step, unless they are the last
+    bool first, last;  // whether no columns lie before or behind; sums of those before have been parked
+    float* parked;     // accumulators of the panel, Cols vectors a row
+    int64_t ahead;     // distance of what is to be fetched meanwhile
+    const float* bias; // of the first row, or null
+    float* y;          // of the first row of W and of the panel
+    int64_t y_stride;
+};
+
+// Rows row, row + gap … of W, Rows of them, times the Cols rows of a panel; x points to the panel's vectors of these
+// columns. Fetch: bring the lines at piece.ahead into the cache.
+template <class T, int Rows, int Cols, bool Fetch>
+void block(const Piece<T>& piece, int64_t row, int64_t gap, const float* x) {
+    constexpr int64_t step = Step<T>::kElements;
+    const T* w[Rows];
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i)
+        w[i] = piece.w + (row + i * gap) * piece.row_stride;
+    f32v sums[Rows][Cols] = {};
+    float* parked = piece.parked + row * Cols * kLanes;
+    if (!piece.first) {
+#pragma GCC unroll 32
+        for (int i = 0; i < Rows * Cols; ++i)
+            sums[i / Cols][i % Cols] = load(parked + i * kLanes);
+    }
+
+    const int64_t size = piece.cols, whole = size / step * step;
+    constexpr int kStepsPerLine = std::max<int>(1, 64 / (step * sizeof(T)));
+    int64_t at = 0;
+    for (; at + step * kStepsPerLine <= whole; at += step * kStepsPerLine) {
+#pragma GCC unroll 8
+        for (int part = 0; part < kStepsPerLine; ++part) {
+#pragma GCC unroll 16
+            for (int i = part; Fetch && i < Rows; i += kStepsPerLine)
+                __builtin_prefetch(w[i] + piece.ahead + at);
+            multiply<T, Rows, Cols>(w, at + part * step, x + (at + part * step) * Cols, sums);
+        }
+    }
+    for (; at < whole; at += step)
+        multiply<T, Rows, Cols>(w, at, x + at * Cols, sums);
+    if (whole < size) { // the rows' ends, copied: what lies beyond them is not ours to read
+        T tail[Rows][step] = {};
+        const T* tails[Rows];
+        for (int i = 0; i < Rows; ++i) {
+            std::memcpy(tail[i], w[i] + whole, (size - whole) * sizeof(T));
+            tails[i] = tail[i];
+        }
+        multiply<T, Rows, Cols>(tails, 0, x + whole * Cols, sums);
+    }
+    if (!piece.last) {
+#pragma GCC unroll 32
+        for (int i = 0; i < Rows * Cols; ++i)
+            store(parked + i * kLanes, sums[i / Cols][i % Cols]);
+        return;
+    }
+
+    constexpr int kSums = Rows * Cols;
+    alignas(16) float totals[(kSums + 3) / 4 * 4];
+#pragma GCC unroll 16
+    for (int first = 0; first < kSums; first += 4) { // in the order of y: row by row of x
+        const auto sum = [&](int index) {
+            return index < kSums ? sums[index % Rows][std::min(index / Rows, Cols - 1)] : f32v{};
+        };
+        const f32x4 four = hsum(sum(first), sum(first + 1), sum(first + 2), sum(first + 3));
+        std::memcpy(totals + first, &four, sizeof four);
+    }
+    for (int col = 0; col < Cols; ++col) {
+        float* y = piece.y + col * piece.y_stride + row;
+        for (int i = 0; i < Rows; ++i)
+            y[i * gap] = totals[col * Rows + i] + (piece.bias == nullptr ? 0.0f : piece.bias[row + i * gap]);
+    }
+}
+
+// Rows of a block by the rows of its panel: as many accumulators as registers hold beside what is being multiplied.
+constexpr int block_rows(int panel_rows) {
+    constexpr bool many = kVectorBytes == 64; // 32 registers instead of 16
+    return panel_rows == 1 ? 8 : panel_rows == 2 ? (many ? 8 : 6) : panel_rows == 3 ? (many ? 8 : 4) : (many ? 6 : 3);
+}
+static_assert(kFloatGrain % 8 == 0 && kFloatGrain % 6 == 0); // and so of 4 and 3
+
+// How a panel meets the rows of a piece.
+enum class Walk {
+    streams, // W comes from memory: as many rows as a block has, each the start of a stream of adjacent rows
+    fetch,   // block by block, fetching what comes next
+    blocks,  // block by block
+};
+
+template <class T, int Cols, Walk walk>
+void multiply_panel(const Piece<T>& piece, int64_t rows, const float* x) {
+    constexpr int kRows = block_rows(Cols);
+    const int64_t blocks = rows / kRows;
+    // The hardware sees a single row's stream coming, and needs to.
+    constexpr bool fetch = walk == Walk::fetch || (walk == Walk::streams && Cols > 1);
+    for (int64_t i = 0; i < blocks; ++i) {
+        if (walk == Walk::streams)
+            block<T, kRows, Cols, fetch>(piece, i, blocks, x);
+        else
+            block<T, kRows, Cols, fetch>(piece, i * kRows, 1, x);
+    }
+    for (int64_t row = blocks * kRows; row < rows; ++row)
+        block<T, 1, Cols, false>(piece, row, 1, x);
+}
+
+// The piece's rows times a panel of so many rows.
+template <class T, Walk walk>
+void multiply_panel(const Piece<T>& piece, int64_t rows, const float* x, int64_t panel_rows) {
+    switch (panel_rows) {
+    case 1:
+        return multiply_panel<T, 1, walk>(piece, rows, x);
+    case 2:
+        return multiply_panel<T, 2, walk>(piece, rows, x);
+    case 3:
+        return multiply_panel<T, 3, walk>(piece, rows, x);
+    default:
+        return multiply_panel<T, kPanel, walk>(piece, rows, x);
+    }
+}
+
+// Rows and columns of a weight, copied one close after the other; zeros fill up the last step of columns.
+template <class T>
+void copy_rows(const LinearWeight& weight, Range rows, Range cols, T* to, int64_t to_stride) {
+    const int64_t padded = packed_cols<T>(cols.size());
+    for (int64_t row = rows.begin; row < rows.end; ++row, to += to_stride) {
+        const T* from = static_cast<const T*>(weight.data) + row * weight.row_stride + cols.begin;
+        std::memcpy(to, from, cols.size() * sizeof(T));
+        std::memset(to + cols.size(), 0, (padded - cols.size()) * sizeof(T));
+    }
+}
+
+// Rows of a weight times many panels, in blocks for the caches: a few rows of W by kColBlock columns stay in the second
+// level, or the first, while kPanelBlock rows of x go past, a panel of which stays in the first. Few panels: the next
+// such piece of W is fetched meanwhile. Many: the piece is copied, since rows whose distance is a large power of two
+// evict each other.
+constexpr int64_t kRowBlock = 96, kFewRowBlock = 24, kPanelBlock = 256, kManyPanels = 32;
+static_assert(kRowBlock % kFloatGrain == 0 && kPanelBlock % kPanel == 0 && kColBlock % Step<bf16>::kElements == 0);
+
+// Of each thread: the accumulators of a block of rows and panels, and the copy of a piece of W.
+constexpr int64_t kParkedBytes = kRowBlock * kPanelBlock * kVectorBytes;
+constexpr int64_t kCopyBytes = kRowBlock * (kColBlock * sizeof(float) + 64);
+alignas(64) thread_local char scratch[kParkedBytes + kCopyBytes];
+
+template <class T, bool many>
+void multiply_blocked(const LinearWeight& weight, Range rows, const float* packed, int64_t m, float* y,
+                      int64_t y_stride) {
+    constexpr int64_t row_block = many ? kRowBlock : kFewRowBlock;
+    constexpr int64_t copy_stride = kColBlock + 64 / sizeof(T);
+    float* parked = reinterpret_cast<float*>(scratch);
+    T* copy = reinterpret_cast<T*>(scratch + kParkedBytes);
+
+    for (int64_t row = rows.begin; row < rows.end; row += row_block) {
+        const int64_t num_rows = std::min(row_block, rows.end - row);
+        for (int64_t group = 0; group < m; group += kPanelBlock) {
+            const int64_t group_end = std::min(group + kPanelBlock, m);
+            for (int64_t col = 0; col < weight.cols; col += kColBlock) {
+                const Range cols{col, std::min(col + kColBlock, weight.cols)};
+                const int64_t padded = packed_cols<T>(cols.size());
+                const bool last = cols.end == weight.cols;
+                Piece<T> piece{static_cast<const T*>(weight.data) + row * weight.row_stride + col,
+                               weight.row_stride,
+                               cols.size(),
+                               cols.begin == 0,
+                               last,
+                               parked,
+                               last ? row_block * weight.row_stride - col : kColBlock,
+                               weight.bias == nullptr ? nullptr : weight.bias + row,
+                               y + group * y_stride + row,
+                               y_stride};
+                if (many) {
+                    copy_rows<T>(weight, {row, row + num_rows}, cols, copy, copy_stride);
+                    piece.w = copy, piece.row_stride = copy_stride, piece.cols = padded;
+                }
+                for (int64_t panel = group; panel < group_end; panel += kPanel) {
+                    const float* x = packed + col * m + panel * padded;
+                    if (!many && panel == group)
+                        multiply_panel<T, Walk::fetch>(piece, num_rows, x, m - panel);
+                    else
+                        multiply_panel<T, Walk::blocks>(piece, num_rows, x, m - panel);
+                    piece.parked += row_block * kPanel * kLanes;
+                    piece.y += kPanel * y_stride;
+                }
+            }
+        }
+    }
+}
+
+template <class T>
+void linear_rows(const LinearWeight& weight, Range rows, const float* packed, int64_t m, float* y, int64_t y_stride) {
+    if (m >= kManyPanels)
+        return multiply_blocked<T, true>(weight, rows, packed, m, y, y_stride);
+    if (m > kPanel)
+        return multiply_blocked<T, false>(weight, rows, packed, m, y, y_stride);
+    // W is read once, at the speed of memory. The blocks of columns of a single panel lie close behind each other.
+    const Piece<T> piece{static_cast<const T*>(weight.data) + rows.begin * weight.row_stride,
+                         weight.row_stride,
+                         weight.cols,
+                         true,
+                         true,
+                         nullptr,
+                         weight.row_stride,
+                         weight.bias == nullptr ? nullptr : weight.bias + rows.begin,
+                         y + rows.begin,
+                         y_stride};
+    multiply_panel<T, Walk::streams>(piece, rows.size(), packed, m);
+}
+
+// Where the vectors of a row of x go.
+template <class T>
+void pack_rows(int64_t cols, const float* x, int64_t x_stride, int64_t m, Range rows, float* packed) {
+    constexpr int kVectors = Step<T>::kVectors;
+    constexpr int64_t step = Step<T>::kElements;
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+        const int64_t panel = row / kPanel * kPanel;
+        const int64_t height = std::min<int64_t>(kPanel, m - panel);
+        const float* from = x + row * x_stride;
+        for (int64_t col = 0; col < cols; col += kColBlock) {
+            const int64_t padded = packed_cols<T>(std::min(kColBlock, cols - col));
+            float* to = packed + col * m + panel * padded + (row - panel) * kLanes;
+            for (int64_t at = col; at < col + padded; at += step, to += kVectors * height * kLanes) {
+                float piece[step] = {};
+                std::memcpy(piece, from + at, std::min(step, cols - at) * sizeof(float));
+                for (int vector = 0; vector < kVectors; ++vector) {
+                    for (int lane = 0; lane < kLanes; ++lane)
+                        to[vector * height * kLanes + lane] = piece[lane * kVectors + vector];
+                }
+            }
+        }
+    }
+}
+
+} // namespace
+
+template <class T>
+int64_t float_packed_bytes(int64_t cols, int64_t m) {
+    return m * packed_cols<T>(cols) * int64_t(sizeof(float));
+}
+
+template <class T>
+void pack_float(const LinearWeight& weight, const float* x, int64_t x_stride, int64_t m, Range rows, void* packed) {
+    pack_rows<T>(weight.cols, x, x_stride, m, rows, static_cast<float*>(packed));
+}
+
+template <class T>
+void multiply_float(const LinearWeight& weight, Range rows, const void* packed, int64_t m, float* y, int64_t y_stride) {
+    linear_rows<T>(weight, rows, static_cast<const float*>(packed), m, y, y_stride);
+}
+
+#define INSTANTIATE(T)                                                                                                 \
+    template int64_t float_packed_bytes<T>(int64_t, int64_t);                                                          \
+    template void pack_float<T>(const LinearWeight&, const float*, int64_t, int64_t, Range, void*);                    \
+    template void multiply_float<T>(const LinearWeight&, Range, const void*, int64_t, float*, int64_t)
+INSTANTIATE(float);
+INSTANTIATE(bf16);
+INSTANTIATE(f16);
+
+} // namespace fuseline
