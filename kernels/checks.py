@@ -76,8 +76,8 @@ def check_stream(residual: Tensor, delta: Tensor | None, norm: Tensor) -> None:
 
 def check_window(window: int | None, plan: AttentionPlan) -> None:
     """One that the plan was made for."""
-    if window not in plan.work:
-        raise KernelArgumentError(f"the plan was made for windows {list(plan.work)}, not {window}")
+    if window not in plan.windows:
+        raise KernelArgumentError(f"the plan was made for windows {set(plan.windows)}, not {window}")
 
 
 def check_layer(kv_layer: Tensor, plan: AttentionPlan) -> None:

@@ -30,6 +30,7 @@ from .checks import (
     check_window,
     describe,
 )
+from .cuda import fused
 from .errors import KernelArgumentError
 from .reference import attention, attention_plan, blocks, dense
 from .reference.attention_plan import AttentionPlan, KvGeometry
@@ -49,11 +50,14 @@ __all__ = [
     "embedding",
     "gather_rows",
     "head",
+    "head_candidates",
     "kv_store",
     "linear",
     "mlp_block",
     "paged_attention",
     "plan_attention",
+    "prepare_head",
+    "prepare_layer",
     "rms_norm",
     "rotary_cos_sin",
     "rotary_embedding",
@@ -250,6 +254,8 @@ def attention_block(
     check_window(spec.sliding_window, plan)
     if (spec.num_kv_heads, spec.head_dim) != (plan.geometry.num_kv_heads, plan.geometry.head_dim):
         raise KernelArgumentError(f"{spec} does not fit the cache {describe(kv_layer)}")
+    if fused.takes_attention_block(residual, weights, spec, kv_layer, plan):
+        return fused.attention_block(residual, delta, weights, spec, rotary, kv_layer, plan)
     return blocks.attention_block(residual, delta, weights, spec, rotary, kv_layer, plan)
 
 
@@ -261,6 +267,8 @@ def mlp_block(residual: Tensor, delta: Tensor | None, weights: MlpWeights, eps: 
     """
     check_rows(residual, residual.shape[0])
     check_stream(residual, delta, weights.norm)
+    if fused.takes_mlp_block(residual, weights):
+        return fused.mlp_block(residual, delta, weights, eps)
     return blocks.mlp_block(residual, delta, weights, eps)
 
 
@@ -281,4 +289,45 @@ def head(
     check_stream(residual, delta, norm)
     check_linear("norm", norm, weight)
     check_index("logits_indices", logits_indices, residual)
+    if fused.takes_head(residual, weight, logits_indices):
+        return fused.head(residual, delta, norm, weight, logits_indices, eps)
     return blocks.head(residual, delta, norm, weight, logits_indices, eps)
+
+
+def head_candidates(
+    residual: Tensor,
+    delta: Tensor | None,
+    norm: Tensor,
+    weight: Weight,
+    logits_indices: Tensor,
+    num_candidates: int,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """The best logits of the wanted rows, best first, and the vocabulary rows they belong to.
+
+    On a GPU without computing a row's other logits into memory. Arguments are those of ``head``.
+
+    Returns:
+        float32[S, num_candidates] and int32[S, num_candidates].
+    """
+    check_rows(residual, residual.shape[0])
+    check_stream(residual, delta, norm)
+    check_linear("norm", norm, weight)
+    check_index("logits_indices", logits_indices, residual)
+    if not 1 <= num_candidates <= weight.shape[0]:
+        raise KernelArgumentError(f"{num_candidates} candidates of {weight.shape[0]} rows are not possible")
+    if fused.takes_head(residual, weight, logits_indices):
+        return fused.head_candidates(residual, delta, norm, weight, logits_indices, num_candidates, eps)
+    logits = blocks.head(residual, delta, norm, weight, logits_indices, eps)
+    best, rows = logits.float().topk(num_candidates)
+    return best, rows.int()
+
+
+def prepare_layer(attention: AttentionWeights, mlp: MlpWeights, spec: AttentionSpec) -> None:
+    """Make now what implementations keep beside a layer's weights, before the rest of the memory is given away."""
+    fused.prepare(attention, mlp, spec)
+
+
+def prepare_head(weight: Weight) -> None:
+    """Likewise for a head's weight."""
+    fused.prepare_head(weight)

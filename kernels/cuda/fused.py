@@ -12,7 +12,7 @@ import torch
 
 from ..quantized import QuantizedWeight
 from ..reference.attention_plan import AttentionPlan
-from ..types import AttentionSpec, AttentionWeights, MlpWeights, Weight
+from ..types import AttentionSpec, AttentionWeights, MlpWeights, Weight, float_weight
 from .arguments import MAX_BATCH
 from .attention import HEAD_DIMS, MIN_BLOCK_SIZE
 from .launcher import CAPABILITY
@@ -99,11 +99,12 @@ def attention_block(
 
 
 def head(
-    residual: Tensor, delta: Tensor | None, norm: Tensor, weight: Tensor, logits_indices: Tensor, eps: float
+    residual: Tensor, delta: Tensor | None, norm: Tensor, weight: Weight, logits_indices: Tensor, eps: float
 ) -> Tensor:
     """See ``ops.head``."""
+    table = packed_table(float_weight(weight))
     result: Tensor = OPERATORS.head_logits(
-        residual, _float32(delta), norm, packed_table(weight), weight.shape[0], logits_indices, eps
+        residual, _float32(delta), norm, table, weight.shape[0], logits_indices, eps
     )
     return result
 
@@ -112,14 +113,15 @@ def head_candidates(
     residual: Tensor,
     delta: Tensor | None,
     norm: Tensor,
-    weight: Tensor,
+    weight: Weight,
     logits_indices: Tensor,
     num_candidates: int,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """See ``ops.head_candidates``."""
+    table = packed_table(float_weight(weight))
     result: tuple[Tensor, Tensor] = OPERATORS.head_candidates(
-        residual, _float32(delta), norm, packed_table(weight), weight.shape[0], logits_indices, num_candidates, eps
+        residual, _float32(delta), norm, table, weight.shape[0], logits_indices, num_candidates, eps
     )
     return result
 

@@ -110,6 +110,10 @@ class BlockProgram:
         self._rotary = rotary
         self._windows = frozenset(layer.spec.sliding_window for layer in weights.layers)
         self._dtype = weights.layers[0].attention.norm.dtype
+        for layer in weights.layers:
+            ops.prepare_layer(layer.attention, layer.mlp, layer.spec)
+        if weights.head is not None:
+            ops.prepare_head(weights.head)
         # The step under way.
         self._batch: ForwardBatch
         self._kv_cache: Tensor

@@ -15,7 +15,7 @@ from fuseline.kernels.cuda.arguments import check_block_tables
 from fuseline.kernels.cuda.attention import AttentionTensors, check_attention
 from fuseline.kernels.cuda.mlp import check_mlp
 from fuseline.kernels.cuda.ops import OPERATORS, SCHEMAS
-from fuseline.kernels.cuda.weights import packed_attention, packed_mlp, packed_table
+from fuseline.kernels.cuda.weights import _packed, packed_attention, packed_mlp, packed_table
 from fuseline.kernels.errors import KernelArgumentError
 from fuseline.kernels.reference import blocks
 
@@ -128,6 +128,38 @@ def test_handing_over_gives_what_the_op_gives(monkeypatch: pytest.MonkeyPatch) -
     coarse = delta.bfloat16()
     _, result = fused.mlp_block(inputs.residual, coarse, mlp, EPS)
     assert torch.equal(result, blocks.mlp_block(inputs.residual, coarse.float(), mlp, EPS)[1].float())
+
+
+def test_candidates_are_the_best_logits() -> None:
+    source = Source(CPU, 4)
+    residual, norm, weight = (
+        source.stream(4, SHAPE.hidden),
+        source.normal(SHAPE.hidden),
+        source.normal(99, SHAPE.hidden),
+    )
+    rows = torch.tensor([3, 1])
+    best, found = ops.head_candidates(residual, None, norm, weight, rows, 5, EPS)
+    logits = ops.head(residual, None, norm, weight, rows, EPS)
+    assert torch.equal(best, logits.topk(5).values)
+    assert torch.equal(logits.gather(1, found.long()), best)
+    for count in (0, 100):
+        with pytest.raises(KernelArgumentError, match="candidates"):
+            ops.head_candidates(residual, None, norm, weight, rows, count, EPS)
+
+
+def test_preparing_packs_what_will_be_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = Source(CPU, 0).layer(SHAPE)
+    table = torch.zeros(20, SHAPE.hidden, dtype=torch.bfloat16)
+    ops.prepare_layer(layer.attention, layer.mlp, layer.spec)
+    ops.prepare_head(table)
+    assert not any(weights in _packed for weights in (layer.attention, layer.mlp, table))
+    monkeypatch.setattr(fused, "_usable", lambda device: True)
+    ops.prepare_layer(layer.attention, layer.mlp, layer.spec)
+    ops.prepare_head(table)
+    assert packed_mlp(layer.mlp) is packed_mlp(layer.mlp)
+    kept = len(_packed)
+    del layer, table
+    assert len(_packed) == kept - 3
 
 
 def plan(inputs: correctness.AttentionInputs) -> ops.AttentionPlan:
