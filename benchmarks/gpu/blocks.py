@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend
@@ -12,7 +13,7 @@ from torch.nn.attention import SDPBackend
 from fuseline.kernels import ops
 from fuseline.kernels.types import AttentionSpec
 
-from . import baselines
+from . import baselines, public
 from .device import Device, Launch
 from .inputs import Layer, Source, decode_step, rotary
 from .shapes import Shape, attention_bytes, buffer_sets, floor_us, head_bytes, mlp_bytes
@@ -60,11 +61,19 @@ class Figure:
 class Bench:
     """Measures blocks of one shape; holds weights enough that no two calls in a row find theirs in L2."""
 
-    def __init__(self, shape: Shape, device: Device, bytes_per_s: float, pieces: baselines.Elementwise) -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        device: Device,
+        bytes_per_s: float,
+        pieces: baselines.Elementwise,
+        public_extension: Any = None,
+    ) -> None:
         self._shape = shape
         self._device = device
         self._bytes_per_s = bytes_per_s
         self._pipeline = baselines.Pipeline(pieces)
+        self._public = public_extension
         source = Source(device.torch, 3)
         smallest = min(shape.attention_weight_bytes, shape.mlp_weight_bytes)
         self._layers = [source.layer(shape) for _ in range(buffer_sets(smallest, device.l2_bytes))]
@@ -76,7 +85,8 @@ class Bench:
         coarse, coarse_delta = residual.bfloat16(), delta.bfloat16()
         ours = [partial(ops.mlp_block, residual, delta, layer.mlp, EPS) for layer in self._layers]
         theirs = [partial(self._pipeline.mlp_block, coarse, coarse_delta, layer.mlp, EPS) for layer in self._layers]
-        return self._figure("mlp", batch, None, ours, {"torch": theirs}, mlp_bytes(shape, batch))
+        _, others = self._time_all({"torch": theirs})
+        return self._figure("mlp", batch, None, ours, others, mlp_bytes(shape, batch))
 
     def head(self, batch: int) -> Figure:
         """Logits of every row."""
@@ -89,8 +99,8 @@ class Bench:
         rows = torch.arange(batch, device=self._device.torch)
         ours = [partial(ops.head, residual, delta, norm, table, rows, EPS) for table in tables]
         theirs = [partial(self._pipeline.head, coarse, coarse_delta, norm, table, EPS) for table in tables]
-        num_bytes = head_bytes(shape, batch, logits=True)
-        return self._figure("head", batch, None, ours, {"torch": theirs}, num_bytes)
+        _, others = self._time_all({"torch": theirs})
+        return self._figure("head", batch, None, ours, others, head_bytes(shape, batch, logits=True))
 
     def attention(self, batch: int, context: int) -> Iterator[Figure]:
         """The attention block alone, then a whole layer: with the MLP block behind it."""
@@ -119,12 +129,14 @@ class Bench:
                 for layer, kv in pairs
             ]
         num_bytes = attention_bytes(shape, batch, context)
-        figure = self._figure("attention", batch, context, ours, theirs, num_bytes)
-        yield figure
-        best = min(figure.others_us, key=figure.others_us.__getitem__)
-        whole = {best: self._whole(theirs[best], self._pipeline.mlp_block)}
+        best, others = self._time_all(theirs)
+        if self._public is not None and (shape.name, batch) == (public.SHAPE_NAME, 1):
+            calls = public.attention_launches(self._public, shape, context, len(self._layers), self._device.torch)
+            others[public.NAME] = self._device.time(calls).us
+        yield self._figure("attention", batch, context, ours, others, num_bytes)
+        _, others = self._time_all({best: self._whole(theirs[best], self._pipeline.mlp_block)})
         num_bytes += mlp_bytes(shape, batch)
-        yield self._figure("layer", batch, context, self._whole(ours, ops.mlp_block), whole, num_bytes)
+        yield self._figure("layer", batch, context, self._whole(ours, ops.mlp_block), others, num_bytes)
 
     def _whole(self, attentions: Sequence[AttentionLaunch], mlp: Callable[..., object]) -> list[Launch]:
         """Each layer's attention block and, on what it returns, its MLP block."""
@@ -137,17 +149,21 @@ class Bench:
     def _stream(self, batch: int) -> Tensor:
         return self._source.stream(batch, self._shape.hidden)
 
+    def _time_all(self, theirs: Mapping[str, Sequence[Launch]]) -> tuple[str, dict[str, float]]:
+        """Microseconds of each of the others, and which is fastest."""
+        others = {name: self._device.time(launches).us for name, launches in theirs.items()}
+        return min(others, key=others.__getitem__), others
+
     def _figure(
         self,
         block: str,
         batch: int,
         context: int | None,
         ours: Sequence[Launch],
-        theirs: Mapping[str, Sequence[Launch]],
+        others: dict[str, float],
         num_bytes: int,
     ) -> Figure:
         timing = self._device.time(ours)
-        others = {name: self._device.time(launches).us for name, launches in theirs.items()}
         floor = floor_us(num_bytes, self._bytes_per_s)
         return Figure(self._shape.name, block, batch, context, timing.us, timing.spread_us, floor, others)
 

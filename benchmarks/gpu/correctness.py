@@ -191,6 +191,65 @@ def check_repeats(case: AttentionCase, device: torch.device, checks: Checks, rep
     checks.expect(different == 0, f"attention, repeats: {different} of {repeats} have other bits")
 
 
+def check_replays(device: torch.device, checks: Checks) -> None:
+    """A captured block follows changed lengths and tables; two streams at once do not disturb each other."""
+    cases = [AttentionCase("replays", SMALL, contexts) for contexts in ((900, 33, 64, 5), (40, 1000, 1, 17))]
+    first, second = (attention_inputs(case, device, seed) for seed, case in enumerate(cases))
+    width = max(inputs.step.block_tables.shape[1] for inputs in (first, second))
+    blocks_needed = max(first.kv.shape[1], second.kv.shape[1])
+    first, second = (_widened(inputs, width, blocks_needed) for inputs in (first, second))
+    second = replace(second, layer=first.layer)
+    wanted = [inputs.run(inputs.kv.clone())[1] for inputs in (first, second)]
+    live, kv = _cloned(first), first.kv.clone()
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(stream):
+        live.run(kv)
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        _, result = live.run(kv)
+    for name, inputs, expected in zip(("captured", "changed"), (first, second), wanted, strict=True):
+        for target, source in zip(_tensors(live), _tensors(inputs), strict=True):
+            target.copy_(source)
+        kv.copy_(inputs.kv)
+        graph.replay()
+        checks.same_bits(f"attention, replayed as {name}", result, expected)
+    streams = [torch.cuda.Stream(device) for _ in range(2)]  # type: ignore[no-untyped-call]
+    caches = [[inputs.kv.clone() for _ in range(20)] for inputs in (first, second)]
+    torch.cuda.synchronize(device)
+    results: list[list[Tensor]] = [[], []]
+    for turn in range(20):
+        for side, inputs in enumerate((first, second)):
+            with torch.cuda.stream(streams[side]):
+                results[side].append(inputs.run(caches[side][turn])[1])
+    torch.cuda.synchronize(device)
+    for side in range(2):
+        same = all(torch.equal(result, wanted[side]) for result in results[side])
+        checks.expect(same, f"attention, stream {side} of two: some results differ")
+
+
+def _tensors(inputs: AttentionInputs) -> list[Tensor]:
+    step = inputs.step
+    delta = [] if inputs.delta is None else [inputs.delta]
+    return [inputs.residual, *delta, *inputs.rotary, step.slot_mapping, step.context_lens, step.block_tables]
+
+
+def _cloned(inputs: AttentionInputs) -> AttentionInputs:
+    residual, delta, cos, sin, slots, lens, tables = (tensor.clone() for tensor in _tensors(inputs))
+    step = replace(inputs.step, slot_mapping=slots, context_lens=lens, block_tables=tables)
+    return replace(inputs, residual=residual, delta=delta, rotary=(cos, sin), step=step)
+
+
+def _widened(inputs: AttentionInputs, width: int, num_blocks: int) -> AttentionInputs:
+    """With block tables and a cache of this size, the additions never to be read."""
+    tables, kv = inputs.step.block_tables, inputs.kv
+    wide = tables.new_full((tables.shape[0], width), 2**31 - 1)
+    wide[:, : tables.shape[1]] = tables
+    large = kv.new_full((2, num_blocks, *kv.shape[2:]), float("nan"))
+    large[:, : kv.shape[1]] = kv
+    return replace(inputs, kv=large, step=replace(inputs.step, block_tables=wide))
+
+
 def check_all(device: torch.device, *, tiny: bool) -> Checks:
     """All cases, or those that a CPU can afford."""
     checks = Checks()
@@ -201,4 +260,6 @@ def check_all(device: torch.device, *, tiny: bool) -> Checks:
         check_head(dense_case, device, checks)
     repeated = AttentionCase("repeats", TINY if tiny else SMALL, (700, 33, 1))
     check_repeats(repeated, device, checks, 3 if tiny else 1000)
+    if device.type == "cuda":
+        check_replays(device, checks)
     return checks

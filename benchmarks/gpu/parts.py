@@ -17,8 +17,9 @@ import numpy as np
 import torch
 
 from fuseline.kernels.cuda.library import load_library
+from fuseline.kernels.errors import LaunchError
 
-from . import baselines, correctness, report
+from . import baselines, collectives, correctness, public, report
 from .blocks import Bench
 from .cases import TINY
 from .device import Device
@@ -114,10 +115,11 @@ def _sanitize_with(command: list[str]) -> str:
 def blocks(run: Run) -> list[dict[str, Any]]:
     """Every block and the layer, at every shape, batch and context."""
     pieces = baselines.elementwise(run.device.torch)
+    extension = None if run.clusterfusion is None else public.load(run.clusterfusion)
     shapes, batches, contexts = ((TINY,), (1, 2), (32,)) if run.tiny else (SHAPES, BATCHES, CONTEXTS)
     figures: list[dict[str, Any]] = []
     for shape in shapes:
-        bench = Bench(shape, run.device, run.bytes_per_s, pieces)
+        bench = Bench(shape, run.device, run.bytes_per_s, pieces, extension)
         for batch in batches:
             found = [bench.mlp(batch), bench.head(batch)]
             for context in contexts:
@@ -127,10 +129,47 @@ def blocks(run: Run) -> list[dict[str, Any]]:
     return figures
 
 
+def on_chip(run: Run) -> list[dict[str, Any]]:
+    """Latency and bandwidth between the SMs of a cluster, for each cluster size."""
+    if run.tiny:
+        return []
+    found = []
+    for cluster in collectives.CLUSTERS:
+        try:
+            found.append(collectives.distributed_memory(load_library(), run.device, cluster))
+        except LaunchError as error:
+            print(f"clusters of {cluster}: {error}")
+    rows = [
+        [row["cluster"], row["latency_cycles"], row["loads_bytes_per_s"] / 1e12, row["copies_bytes_per_s"] / 1e12]
+        for row in found
+    ]
+    print(report.table(("cluster", "load cycles", "loads TB/s", "copies TB/s"), rows))
+    return found
+
+
+def reduce_gather(run: Run) -> list[dict[str, Any]]:
+    """Each collective in each form, cluster size and length; wrong sums count as wrong."""
+    if run.tiny:
+        return []
+    found, rows = [], []
+    for kind in collectives.KINDS:
+        for cluster in collectives.CLUSTERS:
+            for elements in collectives.ELEMENTS:
+                figure = collectives.measure(load_library(), run.device, kind, cluster, elements)
+                run.wrong += [f"{kind} of {cluster} CTAs, {elements} elements: {form}" for form in figure.wrong]
+                found.append(figure.record())
+                each = [figure.us.get(form, "-") for form in collectives.FORMS]
+                rows.append([kind, cluster, elements, *each, found[-1]["speedup"] or "-"])
+    print(report.table(("us", "cluster", "elements", *collectives.FORMS, "x faster"), rows))
+    return found
+
+
 Part = Callable[[Run], Any]
 PARTS: dict[str, Part] = {
     "environment": environment,
     "correctness": check,
+    "dsmem": on_chip,
+    "collectives": reduce_gather,
     "blocks": blocks,
     "sanitize": sanitize,
 }

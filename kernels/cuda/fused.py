@@ -10,7 +10,6 @@ from functools import cache
 
 import torch
 
-from ..quantized import QuantizedWeight
 from ..reference.attention_plan import AttentionPlan
 from ..types import AttentionSpec, AttentionWeights, MlpWeights, Weight, float_weight
 from .arguments import MAX_BATCH
@@ -158,7 +157,7 @@ def _usable(device: torch.device) -> bool:
 def _dense(weight: Weight) -> bool:
     """A weight that packs into whole units and slices."""
     return (
-        not isinstance(weight, QuantizedWeight)
+        isinstance(weight, Tensor)
         and weight.dtype == torch.bfloat16
         and weight.shape[1] % 32 == 0
         and weight.is_contiguous()

@@ -2,7 +2,7 @@
 
 The cluster size decides the order of sums, so it depends on a layer's shape only, never on the batch: a row keeps its
 bits. A batch that does not fit at that size is run in parts. Everything else is free, and chosen by a model of the
-memory's latency and bandwidth; ``python -m benchmarks.gpu --parts tune`` says how well it chooses.
+memory's latency and bandwidth.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ class Launcher:
         self.library = library
         self._scratch = Scratch()
         self._plans: dict[tuple[object, ...], tuple[Launch, int]] = {}
+        self._last: dict[torch.device, torch.cuda.Stream] = {}
 
     def launch(self, problem: Problem, batch: int, device: torch.device) -> Iterator[tuple[slice, ctypes.Structure]]:
         """The rows of each launch that a batch takes, and its arguments; the caller sets the pointers to tensors.
@@ -40,6 +41,7 @@ class Launcher:
         """
         plan, scratch_bytes = self._plan(problem, batch, device)
         with _on(device):
+            self._take_turn(device)
             scratch = self._scratch.get(problem.key, scratch_bytes, device)
             stream = torch.cuda.current_stream(device).cuda_stream
             for first in range(0, batch, plan.max_batch):
@@ -48,6 +50,18 @@ class Launcher:
                 args.workspace, args.stream = scratch.data_ptr(), stream
                 yield rows, args
                 self.library.launch(problem.entry, ctypes.byref(args))
+
+    def _take_turn(self, device: torch.device) -> None:
+        """Wait on the device for what another stream launched last.
+
+        A block's CTAs wait for one another, so all must be resident: two blocks on two streams, each with part of its
+        CTAs placed, would wait for ever. Who replays graphs with blocks on several streams must order them likewise.
+        """
+        stream = torch.cuda.current_stream(device)
+        last = self._last.get(device)
+        if last is not None and last != stream and not torch.cuda.is_current_stream_capturing():
+            stream.wait_stream(last)
+        self._last[device] = stream
 
     def _plan(self, problem: Problem, batch: int, device: torch.device) -> tuple[Launch, int]:
         key = (problem.key, batch, device)
