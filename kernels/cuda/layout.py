@@ -81,12 +81,11 @@ def fragment_addresses(step: int) -> list[int]:
     return [step * tiles()["STEP_BYTES"] + 16 * lane for lane in range(32)]
 
 
-def x_row_addresses(slice_cols: int, tile: int, step: int) -> list[int]:
+def x_row_addresses(batch: int, tile: int, step: int) -> list[int]:
     """Where an ldmatrix reads tokens 8 * tile... of x at two steps from ``step``: eight rows of four matrices."""
-    row_bytes = 2 * slice_cols + tiles()["ROW_PADDING_BYTES"]
-    return [
-        (8 * tile + lane % 8) * row_bytes + lane // 8 * 16 + 2 * tiles()["STEP_COLS"] * step for lane in range(32)
-    ]
+    chunk = (batch | 1) * tiles()["CHUNK_BYTES"]
+    first = step * tiles()["STEP_COLS"] // tiles()["CHUNK_COLS"]
+    return [(first + lane // 8) * chunk + (8 * tile + lane % 8) * tiles()["CHUNK_BYTES"] for lane in range(32)]
 
 
 # ---- attention (kv_split.cuh, kv_stream.cuh, kv_softmax.cuh)

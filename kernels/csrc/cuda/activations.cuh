@@ -66,28 +66,29 @@ __device__ inline float4 add(float4 a, float4 b) {
     return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
 }
 
-// x[token] = bf16(h * norm) over the slice, and the tokens' sums of squares to the cluster. A warp takes whole tokens,
-// so the order of a sum does not depend on the batch. Cluster `index` of `num_clusters` writes every so many-th token
-// of sum_out. Needs a barrier of the CTA before x is read; each thread has fenced what it stored.
+// x = bf16(h * norm) over the slice, and the tokens' sums of squares to the cluster. A warp takes whole tokens, so the
+// order of a sum does not depend on the batch. Cluster `index` of `num_clusters` writes every so many-th token of
+// sum_out. Needs a barrier of the CTA before x is read; each thread has fenced what it stored.
 __device__ inline void load_normed(unsigned char* x, const Stream& stream, uint32_t batch, Slice slice,
                                    const RowScales& scales, uint32_t index, uint32_t num_clusters) {
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     for (uint32_t token = warp; token < batch; token += LINEAR_WARPS) {
         const uint64_t row = (stream.rows == nullptr ? token : stream.rows[token]) * stream.cols;
         const bool writes = stream.sum_out != nullptr && token % num_clusters == index;
-        uint2* target = reinterpret_cast<uint2*>(x + token * slice.row_bytes());
+        uint16_t* target = reinterpret_cast<uint16_t*>(x);
         float squares = 0.0f;
 #pragma unroll 4
-        for (uint32_t i = lane; i < slice.cols() / 4; i += 32) {
-            const uint32_t col = slice.begin + 4 * i;
+        for (uint32_t i = 4 * lane; i < slice.cols(); i += 128) {
+            const uint32_t col = slice.begin + i;
             float4 h = *reinterpret_cast<const float4*>(stream.residual + row + col);
             if (stream.delta != nullptr) {
                 h = add(h, *reinterpret_cast<const float4*>(stream.delta + row + col));
             }
             const uint2 w = *reinterpret_cast<const uint2*>(stream.norm + col);
             squares += h.x * h.x + h.y * h.y + h.z * h.z + h.w * h.w;
-            target[i] = make_uint2(ptx::pack_bf16x2(h.x * ptx::bf16_low(w.x), h.y * ptx::bf16_high(w.x)),
-                                   ptx::pack_bf16x2(h.z * ptx::bf16_low(w.y), h.w * ptx::bf16_high(w.y)));
+            *reinterpret_cast<uint2*>(target + x_index(batch, token, i)) =
+                make_uint2(ptx::pack_bf16x2(h.x * ptx::bf16_low(w.x), h.y * ptx::bf16_high(w.x)),
+                           ptx::pack_bf16x2(h.z * ptx::bf16_low(w.y), h.w * ptx::bf16_high(w.y)));
             if (writes) {
                 *reinterpret_cast<float4*>(stream.sum_out + row + col) = h;
             }
@@ -100,20 +101,104 @@ __device__ inline void load_normed(unsigned char* x, const Stream& stream, uint3
     ptx::fence_proxy_async();
 }
 
-// x[token] = the slice of bf16 rows [batch, cols] in global memory, by bulk copies that complete `barrier` once. Called
-// by one warp; whoever wrote the rows has fenced (fence_proxy_async_global) and this warp's CTA has acquired them.
-__device__ inline void load_rows(unsigned char* x, const uint16_t* rows, uint32_t batch, uint32_t cols, Slice slice,
-                                 uint32_t barrier) {
-    const uint32_t lane = threadIdx.x % 32;
-    if (lane == 0) {
-        ptx::mbarrier_arrive_expect_tx(barrier, batch * 2 * slice.cols());
+// The slice of an x that this grid has written to global memory, brought by bulk copies: whole if it fits, else in
+// parts through two buffers, all of them again for every round of units. Each warp calls it at the same places.
+class StreamedX {
+  public:
+    static constexpr int kBarriers = 4;
+
+    // `buffers`: `bytes` of shared memory, enough for two times PIECE_COLS columns; `barriers`: kBarriers mbarriers.
+    __device__ StreamedX(unsigned char* buffers, uint32_t bytes, uint64_t* barriers, const uint16_t* x, uint32_t batch,
+                         Slice slice)
+        : buffers_(buffers), barriers_(ptx::shared_address(barriers)),
+          source_(reinterpret_cast<const unsigned char*>(x + x_index(batch, 0, slice.begin))), batch_(batch),
+          cols_(slice.cols()) {
+        const uint32_t fitting = bytes / 2 / x_bytes(batch, PIECE_COLS) * PIECE_COLS;
+        part_cols_ = x_bytes(batch, cols_) <= bytes ? cols_ : fitting;
+        parts_ = divide_up(cols_, part_cols_);
     }
-    ptx::fence_proxy_async_global();
-    for (uint32_t token = lane; token < batch; token += 32) {
-        ptx::bulk_load(ptx::shared_address(x) + token * slice.row_bytes(),
-                       rows + static_cast<uint64_t>(token) * cols + slice.begin, 2 * slice.cols(), barrier);
+
+    // Shared memory to give it: `least` at least, and no more than all of the slice or what is `left`.
+    __host__ __device__ static uint32_t room(uint32_t batch, uint32_t cols, uint32_t cluster, uint32_t least,
+                                             uint32_t left) {
+        least = max(least, 2 * x_bytes(batch, PIECE_COLS));
+        const uint32_t most = max(least, x_slice_bytes(batch, cols, cluster));
+        return divide_up(max(least, min(most, left)), 128) * 128;
     }
-}
+
+    // One thread; then fence_mbarrier_init and a barrier.
+    __device__ static void init(const uint64_t* barriers) {
+        for (uint32_t i = 0; i < kBarriers; ++i) {
+            ptx::mbarrier_init(ptx::shared_address(barriers + i), i < 2 ? 1 : LINEAR_WARPS);
+        }
+    }
+
+    // Behind a grid barrier, in front of which the writers of x have called fence_proxy_async_global. `rounds`: of
+    // parts.
+    __device__ void start(uint32_t rounds) {
+        left_ = parts_ == 1 ? 1 : rounds * parts_;
+        if (threadIdx.x < 32) {
+            ptx::fence_proxy_async_global();
+            load();
+        }
+    }
+
+    __device__ uint32_t part_cols() const { return part_cols_; }
+
+    __device__ const unsigned char* acquire() {
+        if (parts_ == 1) {
+            ptx::mbarrier_wait(full(0), 0);
+            return buffers_;
+        }
+        const uint32_t buffer = now_ % 2;
+        if (threadIdx.x < 32 && left_ != 0) { // the next one, in place of the one before
+            if (now_ != 0) {
+                ptx::mbarrier_wait(empty(buffer ^ 1), (now_ - 1) / 2 % 2);
+            }
+            load();
+        }
+        ptx::mbarrier_wait(full(buffer), now_ / 2 % 2);
+        return buffers_ + buffer * x_bytes(batch_, part_cols_);
+    }
+
+    __device__ void release() {
+        if (parts_ != 1) {
+            __syncwarp();
+            if (threadIdx.x % 32 == 0) {
+                ptx::mbarrier_arrive(empty(now_ % 2));
+            }
+            ++now_;
+        }
+    }
+
+  private:
+    __device__ uint32_t full(uint32_t buffer) const { return barriers_ + 8 * buffer; }
+    __device__ uint32_t empty(uint32_t buffer) const { return barriers_ + 16 + 8 * buffer; }
+
+    // The next part, by one warp.
+    __device__ void load() {
+        constexpr uint32_t kCopyBytes = 8192;
+        const uint32_t part = loads_ % parts_, buffer = loads_ % 2, begin = part * part_cols_;
+        const uint32_t bytes = x_bytes(batch_, min(part_cols_, cols_ - begin));
+        const unsigned char* from = source_ + x_bytes(batch_, begin);
+        const uint32_t to = ptx::shared_address(buffers_) + buffer * x_bytes(batch_, part_cols_);
+        if (threadIdx.x == 0) {
+            ptx::mbarrier_arrive_expect_tx(full(buffer), bytes);
+        }
+        for (uint32_t at = threadIdx.x * kCopyBytes; at < bytes; at += 32 * kCopyBytes) {
+            ptx::bulk_load(to + at, from + at, min(kCopyBytes, bytes - at), full(buffer));
+        }
+        ++loads_;
+        --left_;
+    }
+
+    unsigned char* buffers_;
+    uint32_t barriers_;
+    const unsigned char* source_;
+    uint32_t batch_, cols_, part_cols_, parts_;
+    uint32_t left_ = 0, loads_ = 0; // of warp 0
+    uint32_t now_ = 0;
+};
 
 // Until every CTA of the grid, all of them resident, has come here; what their threads wrote to global memory before is
 // then visible to all. `word` is zero before the first use and needs no reset: bit 31 flips each time.

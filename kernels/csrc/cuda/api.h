@@ -20,10 +20,11 @@ typedef uint16_t fl_bf16;
 
 // How a block is spread over the GPU; results do not depend on num_clusters, stages, or the batch, but do on cluster.
 typedef struct {
-    int32_t cluster;      // CTAs per cluster: 1, 2, 4, 8; each takes such a part of every row of a weight
-    int32_t num_clusters; // at most what fl_cuda_*_limits says: all of them must be resident at once
-    int32_t stages;       // weight pieces of 4 KB that each of a CTA's 8 warps has in flight
-    int32_t dependent;    // 1: start while the kernel before is ending (programmatic dependent launch)
+    int32_t cluster;          // CTAs per cluster: 1, 2, 4, 8; each takes such a part of every row of a weight
+    int32_t num_clusters;     // at most what fl_cuda_*_limits says: all of them must be resident at once
+    int32_t stages;           // weight pieces of 4 KB that each of a CTA's 8 warps has in flight
+    int32_t dependent;        // 1: start while the kernel before is ending (programmatic dependent launch)
+    int32_t max_shared_bytes; // of a CTA, as far as a kernel has a choice; 0 for all there is
 } fl_launch;
 
 typedef struct {

@@ -38,21 +38,23 @@ __host__ __device__ CombineShape combine_shape(const fl_attention_args& args) {
 }
 
 // Shared memory of a CTA, in order; the barriers are the ring's, then those of the rest. x of QKV, the slots that fold
-// softmax states, and x of the output projection follow one another in `phase`.
+// softmax states, and x of the output projection, in parts if all of it is too much, follow one another in `phase`.
 struct AttentionLayout {
-    uint32_t reduce, sums, plan, phase, ring, end;
+    uint32_t reduce, sums, plan, phase, phase_room, ring, end;
 
     __host__ __device__ explicit AttentionLayout(const fl_attention_args& args) {
         const uint32_t cluster = args.launch.cluster, batch = args.batch;
+        const uint32_t ring_bytes = LINEAR_WARPS * args.launch.stages * ATTN_SLOT_BYTES;
         reduce = 1024;
         sums = reduce + LINEAR_WARPS * UnitReduce::slot_bytes(batch, cluster);
         plan = sums + RowScales::bytes(cluster);
-        phase = divide_up(plan + sizeof(KvPlan), 16) * 16;
-        const uint32_t x =
-            max(x_bytes(batch, args.hidden, cluster), x_bytes(batch, args.num_heads * args.head_dim, cluster));
-        ring = phase + max(x, static_cast<uint32_t>(combine_shape(args).bytes()));
-        ring = divide_up(ring, 128) * 128;
-        end = ring + LINEAR_WARPS * args.launch.stages * ATTN_SLOT_BYTES;
+        phase = divide_up(plan + sizeof(KvPlan), 128) * 128;
+        const uint32_t least =
+            max(x_slice_bytes(batch, args.hidden, cluster), static_cast<uint32_t>(combine_shape(args).bytes()));
+        phase_room = StreamedX::room(batch, args.num_heads * args.head_dim, cluster, least,
+                                     room_left(args.launch, phase + ring_bytes));
+        ring = phase + phase_room;
+        end = ring + ring_bytes;
     }
 };
 
@@ -71,7 +73,7 @@ struct AttentionWorkspace {
         values = keys + batch * args.num_kv_heads * dim * 4;
         queries = values + batch * args.num_kv_heads * dim * 4;
         attended = queries + batch * args.num_heads * dim * 2;
-        partials = attended + batch * args.num_heads * dim * 2;
+        partials = attended + x_bytes(args.batch, args.num_heads * args.head_dim);
         end = partials + batch * nodes * groups * shape.cluster * shape.part_vectors() * 16;
     }
 };
@@ -113,7 +115,8 @@ struct AttentionParams {
                 groups.per_kv,
                 groups.per_part,
                 groups.parts,
-                groups.count};
+                groups.count,
+                a.batch};
         barrier = static_cast<uint32_t*>(a.workspace);
     }
 };
@@ -137,15 +140,15 @@ __global__ void __maxnreg__(kTiles < 4 ? ATTN_MAX_REGISTERS : ATTN_WIDE_MAX_REGI
     UnitReduce reduce(smem + params.layout.reduce + warp * UnitReduce::slot_bytes(batch, cluster), after_rings + warp,
                       cluster, rank);
     const RowScales scales(smem + params.layout.sums, after_rings + LINEAR_WARPS, cluster, rank);
-    const uint32_t x_ready = ptx::shared_address(after_rings + LINEAR_WARPS + 1);
-    const KvCombine<D> combine(phase, after_rings + LINEAR_WARPS + 2, params.shape);
+    uint64_t* x_barriers = after_rings + LINEAR_WARPS + 1;
+    const KvCombine<D> combine(phase, x_barriers + StreamedX::kBarriers, params.shape);
     if (lane == 0) {
         ring.init();
         reduce.init();
         if (warp == 0) {
             scales.init(batch);
             combine.init();
-            ptx::mbarrier_init(x_ready, 1);
+            StreamedX::init(x_barriers);
         }
         ptx::fence_mbarrier_init();
     }
@@ -174,7 +177,8 @@ __global__ void __maxnreg__(kTiles < 4 ? ATTN_MAX_REGISTERS : ATTN_WIDE_MAX_REGI
     Chained<UnitSource, Chained<KvSource<D>, UnitSource>> source{
         qkv_source, {KvSource<D>(walk, params.cache, state_index), UnitSource(out)}};
     ring.refill(source);
-    project<kTiles>(ring, source, qkv, XRows<kTiles>(phase, batch, hidden_slice), batch, reduce,
+    ResidentX hidden_x(phase, hidden_slice);
+    project<kTiles>(ring, source, qkv, hidden_x, batch, reduce,
                     QkvEpilogue<D>{args, scales, params.projected});
     scales.wait();
     grid_barrier(params.barrier);
@@ -184,11 +188,9 @@ __global__ void __maxnreg__(kTiles < 4 ? ATTN_MAX_REGISTERS : ATTN_WIDE_MAX_REGI
     ptx::fence_proxy_async_global();
     grid_barrier(params.barrier);
 
-    if (warp == 0) {
-        load_rows(phase, params.rows.attended, batch, attended_cols, attended_slice, x_ready);
-    }
+    StreamedX attended_x(phase, params.layout.phase_room, x_barriers, params.rows.attended, batch, attended_slice);
+    attended_x.start(out.rounds());
     prefetch_share(args.prefetch, args.prefetch_bytes);
-    ptx::mbarrier_wait(x_ready, 0);
     const auto store = [&](uint32_t unit, int n, const float (&c)[4]) {
 #pragma unroll
         for (uint32_t i = 0; i < 4; ++i) {
@@ -199,7 +201,7 @@ __global__ void __maxnreg__(kTiles < 4 ? ATTN_MAX_REGISTERS : ATTN_WIDE_MAX_REGI
         }
     };
     UnitSource& out_source = source.second.second;
-    project<kTiles>(ring, out_source, out, XRows<kTiles>(phase, batch, attended_slice), batch, reduce, store);
+    project<kTiles>(ring, out_source, out, attended_x, batch, reduce, store);
 }
 
 using Kernel = void (*)(AttentionParams);

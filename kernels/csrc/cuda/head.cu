@@ -47,7 +47,7 @@ struct HeadLayout {
         reduce = 1024;
         sums = reduce + LINEAR_WARPS * UnitReduce::slot_bytes(batch, cluster);
         x = sums + RowScales::bytes(cluster);
-        ring = divide_up(x + x_bytes(batch, args.hidden, cluster), 128) * 128;
+        ring = divide_up(x + x_slice_bytes(batch, args.hidden, cluster), 128) * 128;
         const uint32_t lists = args.num_candidates == 0 ? 0 : list_bytes(args);
         end = ring + LINEAR_WARPS * max(args.launch.stages * static_cast<uint32_t>(PIECE_BYTES), lists);
     }
@@ -72,16 +72,15 @@ struct Workspace {
 // Lists the logits of `token` that this CTA owns; returns the number of entries.
 template <int kTiles>
 __device__ uint32_t list_logits(const fl_head_args& args, const Workspace& workspace, const UnitReduce& reduce,
-                                const Units& first_units, uint32_t token, uint32_t* keys, uint32_t* rows) {
+                                const Units& units, uint32_t token, uint32_t* keys, uint32_t* rows) {
     constexpr uint32_t kGroup = UnitReduce::group<kTiles>();
     const uint32_t lane = threadIdx.x % 32, exchanges = UnitReduce::exchanges<kTiles>(args.batch);
     const uint32_t tile = token / 8, half = token % 2, column = token % 8 / 2, cluster = args.launch.cluster;
-    const uint32_t begin = first_units.first - threadIdx.x / 32; // of the cluster
-    const uint32_t end = begin + first_units.total;
+    const uint32_t end = units.first + units.total;
     uint32_t listed = 0;
     for (uint32_t warp = 0; warp < LINEAR_WARPS; ++warp) {
         const float4* kept = workspace.kept_by(args, warp);
-        for (uint32_t unit = begin + warp, e = tile / kGroup; unit < end; unit += LINEAR_WARPS, e += exchanges) {
+        for (uint32_t unit = units.first + warp, e = tile / kGroup; unit < end; unit += LINEAR_WARPS, e += exchanges) {
             if (!reduce.owns(warp, e)) {
                 continue;
             }
@@ -162,7 +161,8 @@ __global__ void __launch_bounds__(LINEAR_THREADS, kTiles < 4 ? 2 : 1) head(const
                 make_float4(logits[0], logits[1], logits[2], logits[3]);
         }
     };
-    project<kTiles>(ring, source, units, XRows<kTiles>(smem + layout.x, batch, slice), batch, reduce, finish);
+    ResidentX x(smem + layout.x, slice);
+    project<kTiles>(ring, source, units, x, batch, reduce, finish);
     scales.wait();
     if (args.num_candidates == 0) {
         return;
@@ -244,5 +244,6 @@ int fl_cuda_head_limits(const fl_head_args* args, fl_limits* limits) {
 }
 
 int fl_cuda_head(const fl_head_args* args) {
-    return valid(*args) ? launch("head", kernel_for(args->batch), *args, shape_of(*args)) : kInvalidValue;
+    const bool possible = valid(*args) && HeadLayout(*args).end <= MAX_SHARED_BYTES;
+    return possible ? launch("head", kernel_for(args->batch), *args, shape_of(*args)) : kInvalidValue;
 }

@@ -16,10 +16,10 @@ namespace fuseline {
 
 // Where results go. Query heads of a KV head are cut into `parts` groups of at most heads_per_part.
 struct AttendedRows {
-    uint16_t* attended; // bf16 [batch, num_heads, D]
+    uint16_t* attended; // bf16: x of num_heads * D columns (x_index)
     float4* partials;   // [nodes, groups, cluster][part_vectors]
     uint32_t* arrivals; // [batch, groups, cluster], zero between launches
-    int32_t num_heads, heads_per_kv, heads_per_part, parts, num_groups;
+    int32_t num_heads, heads_per_kv, heads_per_part, parts, num_groups, batch;
 
     __device__ int32_t group_of(const KvItem& item) const { return item.kv_head * parts + item.part; }
     __device__ int32_t first_head_of(const KvItem& item) const {
@@ -195,13 +195,13 @@ class KvCombine {
                                    const float4& o) const {
         const int32_t lane = threadIdx.x % 32, g = lane / 4, head = 2 * (lane % 4);
         const int32_t output = ptx::cluster_rank() * shape_.outputs + i, heads = rows.heads_of(item);
-        const int64_t first = static_cast<int64_t>(item.row) * rows.num_heads + rows.first_head_of(item);
-        uint16_t* to = rows.attended + (first + head) * D + KvSoftmax<D>::dimension(output, g);
+        const uint32_t col = (rows.first_head_of(item) + head) * D + KvSoftmax<D>::dimension(output, g);
+        uint16_t* to = rows.attended + x_index(rows.batch, item.row, col);
         if (head < heads) {
             *reinterpret_cast<uint32_t*>(to) = ptx::pack_bf16x2(o.x / total.z, o.z / total.z);
         }
         if (head + 1 < heads) {
-            *reinterpret_cast<uint32_t*>(to + D) = ptx::pack_bf16x2(o.y / total.w, o.w / total.w);
+            *reinterpret_cast<uint32_t*>(to + x_bytes(rows.batch, D) / 2) = ptx::pack_bf16x2(o.y / total.w, o.w / total.w);
         }
     }
 

@@ -10,11 +10,16 @@
 // which adds in rank order and goes on with the whole sums. Owners rotate.
 //
 // The order of every sum depends on the layer's shape and the cluster size only, so a token's result is the same in any
-// batch and on any number of clusters. x is kept in shared memory in bf16, each row followed by ROW_PADDING_BYTES.
+// batch and on any number of clusters.
+//
+// x is bf16 in chunks of 8 columns: those of token 0, of token 1…, then the next 8 columns of all tokens (x_index), in
+// shared memory and wherever one layer leaves it for another in global memory. So any columns of all tokens are one
+// stretch for a bulk copy, and the rows that ldmatrix takes lie side by side.
 #pragma once
 
 #include <cstdint>
 
+#include "api.h"
 #include "linear_tiles.h"
 #include "ptx.cuh"
 #include "ring.cuh"
@@ -30,8 +35,6 @@ struct Slice {
     uint32_t begin, end;
 
     __host__ __device__ uint32_t cols() const { return end - begin; }
-    // Of a row of x in shared memory.
-    __host__ __device__ uint32_t row_bytes() const { return 2 * cols() + ROW_PADDING_BYTES; }
 };
 
 // The slice of CTA `rank`; slices differ by at most SLICE_COLS.
@@ -40,33 +43,58 @@ __host__ __device__ inline Slice slice_of(uint32_t cols, uint32_t rank, uint32_t
     return {groups * rank / cluster * SLICE_COLS, groups * (rank + 1) / cluster * SLICE_COLS};
 }
 
-// Bytes of x in shared memory for the widest slice.
-__host__ __device__ inline uint32_t x_bytes(uint32_t batch, uint32_t cols, uint32_t cluster) {
-    return batch * Slice{0, divide_up(cols / SLICE_COLS, cluster) * SLICE_COLS}.row_bytes();
+// From a chunk of x to the next, in tokens; odd, so that stores of consecutive chunks spread over the banks.
+__host__ __device__ constexpr uint32_t x_pitch(uint32_t batch) {
+    return batch | 1;
+}
+
+// Where an element of x is.
+__host__ __device__ constexpr uint32_t x_index(uint32_t batch, uint32_t token, uint32_t col) {
+    return (col / CHUNK_COLS * x_pitch(batch) + token) * CHUNK_COLS + col % CHUNK_COLS;
+}
+
+// Bytes of x; `cols` is a multiple of CHUNK_COLS.
+__host__ __device__ constexpr uint32_t x_bytes(uint32_t batch, uint32_t cols) {
+    return cols / CHUNK_COLS * x_pitch(batch) * CHUNK_BYTES;
+}
+
+// Bytes of the widest slice of x.
+__host__ __device__ constexpr uint32_t x_slice_bytes(uint32_t batch, uint32_t cols, uint32_t cluster) {
+    return x_bytes(batch, divide_up(cols / SLICE_COLS, cluster) * SLICE_COLS);
+}
+
+// Shared memory that a launch leaves a kernel which has used so much.
+__host__ __device__ inline uint32_t room_left(const fl_launch& launch, uint32_t used) {
+    const uint32_t limit = launch.max_shared_bytes == 0 ? MAX_SHARED_BYTES : launch.max_shared_bytes;
+    return limit > used ? (limit - used) / 128 * 128 : 0;
 }
 
 // ---- weights -------------------------------------------------------------------------------------------------------
 
-// The units of one matrix that one warp takes, in order.
+// Units of one matrix that the warps of a CTA take in turn.
 struct Units {
     const uint16_t* packed;
     uint32_t cols;  // of the matrix
     Slice slice;    // of this CTA
-    uint32_t first; // unit
-    uint32_t count; // LINEAR_WARPS apart
-    uint32_t total; // of all warps of the CTA
+    uint32_t first; // unit, of the cluster
+    uint32_t total; // of all warps
 
-    __device__ uint32_t unit(uint32_t i) const { return first + i * LINEAR_WARPS; }
+    // Of this warp: how many, and which.
+    __device__ uint32_t count() const {
+        const uint32_t warp = threadIdx.x / 32;
+        return total > warp ? divide_up(total - warp, LINEAR_WARPS) : 0;
+    }
+    __device__ uint32_t unit(uint32_t i) const { return first + threadIdx.x / 32 + i * LINEAR_WARPS; }
+    // Of the busiest warp.
+    __device__ uint32_t rounds() const { return divide_up(total, LINEAR_WARPS); }
 };
 
-// Units of this warp out of `total`, which the clusters share evenly.
+// The units of a cluster out of `total`, which the clusters share evenly.
 __device__ inline Units units_of(const uint16_t* packed, uint32_t total, uint32_t cols, uint32_t cluster_index,
                                  uint32_t num_clusters, Slice slice) {
-    const uint32_t warp = threadIdx.x / 32;
     const uint32_t begin = static_cast<uint64_t>(total) * cluster_index / num_clusters;
     const uint32_t end = static_cast<uint64_t>(total) * (cluster_index + 1) / num_clusters;
-    const uint32_t mine = end - begin;
-    return {packed, cols, slice, begin + warp, mine > warp ? divide_up(mine - warp, LINEAR_WARPS) : 0, mine};
+    return {packed, cols, slice, begin, end - begin};
 }
 
 // A source of pieces for a ring: PIECE_COLS columns of a unit each, the last of a slice perhaps fewer.
@@ -74,10 +102,10 @@ class UnitSource {
   public:
     __device__ explicit UnitSource(const Units& units)
         : next_(reinterpret_cast<const unsigned char*>(units.packed) +
-                static_cast<uint64_t>(units.first) * units.cols * (2 * UNIT_ROWS) +
+                static_cast<uint64_t>(units.unit(0)) * units.cols * (2 * UNIT_ROWS) +
                 units.slice.begin * (2 * UNIT_ROWS)),
-          unit_bytes_(units.slice.cols() * (2 * UNIT_ROWS)), left_(units.count == 0 ? 0 : unit_bytes_),
-          units_left_(units.count),
+          unit_bytes_(units.slice.cols() * (2 * UNIT_ROWS)), left_(units.count() == 0 ? 0 : unit_bytes_),
+          units_left_(units.count()),
           skip_(static_cast<uint64_t>(units.cols) * (2 * UNIT_ROWS * LINEAR_WARPS) - unit_bytes_) {}
 
     __device__ bool issue(Ring& ring) {
@@ -120,25 +148,41 @@ struct Chained {
 // columns that nobody looks at.
 template <int kTiles>
 struct XRows {
-    uint32_t address[kTiles];
+    uint32_t address[kTiles], chunk_bytes;
 
-    __device__ XRows(const unsigned char* x, uint32_t batch, Slice slice) {
-        const uint32_t lane = threadIdx.x % 32, base = ptx::shared_address(x) + lane / 8 * 16;
+    __device__ XRows(const unsigned char* x, uint32_t num_tokens) {
+        const uint32_t batch = ptx::recomputed(num_tokens), lane = threadIdx.x % 32;
+        chunk_bytes = x_pitch(batch) * CHUNK_BYTES;
+        const uint32_t base = ptx::shared_address(x) + lane / 8 * chunk_bytes;
 #pragma unroll
         for (int n = 0; n < kTiles; ++n) {
-            const uint32_t token = min(8 * n + lane % 8, batch - 1);
-            address[n] = base + token * slice.row_bytes();
+            address[n] = base + min(8 * n + lane % 8, batch - 1) * CHUNK_BYTES;
         }
     }
 };
 
+// All of the slice, in shared memory for good.
+class ResidentX {
+  public:
+    __device__ ResidentX(const unsigned char* x, Slice slice) : x_(x), cols_(slice.cols()) {}
+
+    __device__ uint32_t part_cols() const { return cols_; }
+    __device__ const unsigned char* acquire() const { return x_; }
+    __device__ void release() const {}
+
+  private:
+    const unsigned char* x_;
+    uint32_t cols_;
+};
+
 // ---- multiplying ---------------------------------------------------------------------------------------------------
 
-// c[n] += the piece times x from column `col` of the slice on; `steps` is even.
+// c[n] += the piece times x from column `col` of what x holds on; `steps` is even.
 template <int kTiles>
 __device__ inline void multiply(const unsigned char* piece, const XRows<kTiles>& x, uint32_t col, uint32_t steps,
                                 float (&c)[kTiles][4]) {
     const uint4* fragments = reinterpret_cast<const uint4*>(piece) + threadIdx.x % 32;
+    uint32_t chunk = col / CHUNK_COLS * x.chunk_bytes;
 #pragma unroll 4
     for (uint32_t step = 0; step < steps; step += 2) {
         const uint4 even = fragments[32 * step], odd = fragments[32 * step + 32];
@@ -146,10 +190,11 @@ __device__ inline void multiply(const unsigned char* piece, const XRows<kTiles>&
 #pragma unroll
         for (int n = 0; n < kTiles; ++n) {
             uint32_t b[4];
-            ptx::ldmatrix_x4(b, x.address[n] + 2 * (col + STEP_COLS * step));
+            ptx::ldmatrix_x4(b, x.address[n] + chunk);
             ptx::mma_bf16(c[n], a0, {b[0], b[1]});
             ptx::mma_bf16(c[n], a1, {b[2], b[3]});
         }
+        chunk += 2 * STEP_COLS / CHUNK_COLS * x.chunk_bytes;
     }
 }
 
@@ -281,20 +326,31 @@ class UnitReduce {
 
 // All units of this warp. epilogue(unit, n, c) runs in the owner of tile n, once per unit, on all lanes: with
 // g = lane / 4 and t = lane % 4, c[0] and c[1] are row g of the unit for tokens 8n + 2t and the next, c[2] and c[3] row
-// g + 8. Tokens may be behind the last of the batch. `source` goes on refilling the ring behind these units.
-template <int kTiles, class Source, class Epilogue>
-__device__ inline void project(Ring& ring, Source& source, const Units& units, const XRows<kTiles>& x, uint32_t batch,
-                               UnitReduce& reduce, const Epilogue& epilogue) {
-    for (uint32_t i = 0; i < units.count; ++i) {
+// g + 8. Tokens may be behind the last of the batch. `source` goes on refilling the ring behind these units. All warps
+// of the CTA call it. X says how much of the slice is in shared memory at a time: acquire() waits for the next part of
+// part_cols() columns (the last may be less) and says where it is, release() gives it up; after the last, the first
+// comes again.
+template <int kTiles, class Source, class X, class Epilogue>
+__device__ inline void project(Ring& ring, Source& source, const Units& units, X& x, uint32_t batch, UnitReduce& reduce,
+                               const Epilogue& epilogue) {
+    const uint32_t count = units.count(), part_cols = x.part_cols();
+    for (uint32_t i = 0; i < units.rounds(); ++i) {
         float c[kTiles][4] = {};
-        for (uint32_t col = 0; col < units.slice.cols(); col += PIECE_COLS) {
-            const uint32_t cols = min(units.slice.cols() - col, static_cast<uint32_t>(PIECE_COLS));
-            multiply<kTiles>(ring.wait(), x, col, cols / STEP_COLS, c);
-            ring.release();
-            ring.refill(source);
+        for (uint32_t begin = 0; begin < units.slice.cols(); begin += part_cols) {
+            const XRows<kTiles> rows(x.acquire(), batch);
+            const uint32_t part = i < count ? min(units.slice.cols() - begin, part_cols) : 0;
+            for (uint32_t col = 0; col < part; col += PIECE_COLS) {
+                const uint32_t cols = min(part - col, static_cast<uint32_t>(PIECE_COLS));
+                multiply<kTiles>(ring.wait(), rows, col, cols / STEP_COLS, c);
+                ring.release();
+                ring.refill(source);
+            }
+            x.release();
         }
-        const uint32_t unit = units.unit(i);
-        reduce.reduce(c, batch, [&](int n, const float (&sums)[4]) { epilogue(unit, n, sums); });
+        if (i < count) {
+            const uint32_t unit = units.unit(i);
+            reduce.reduce(c, batch, [&](int n, const float (&sums)[4]) { epilogue(unit, n, sums); });
+        }
     }
 }
 

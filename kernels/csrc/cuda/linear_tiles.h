@@ -8,12 +8,17 @@ constexpr int STEP_COLS = 16; // of one MMA
 constexpr int STEP_BYTES = 2 * UNIT_ROWS * STEP_COLS;
 constexpr int PIECE_COLS = 128; // of a unit, in one slot of a warp's ring
 constexpr int PIECE_BYTES = 2 * UNIT_ROWS * PIECE_COLS;
-constexpr int SLICE_COLS = 32;        // what a CTA's columns are a multiple of
-constexpr int ROW_PADDING_BYTES = 16; // behind a row of x in shared memory: ldmatrix without bank conflicts
+constexpr int SLICE_COLS = 32; // what a CTA's columns are a multiple of
+constexpr int CHUNK_COLS = 8;  // of x, which lie together for each token: a row of ldmatrix
+constexpr int CHUNK_BYTES = 2 * CHUNK_COLS;
 constexpr int MAX_BATCH = 64;
 constexpr int REDUCE_TILES = 2; // column tiles of 8 tokens that are reduced together
 constexpr int MAX_CLUSTER = 8;
 constexpr int MAX_STAGES = 12;
+constexpr int MAX_SHARED_BYTES = 232448; // of a CTA on Hopper
 
 constexpr int MLP_MAX_REGISTERS = 128;
 constexpr int HEAD_MAX_REGISTERS = 128;
+// Of instances for more than WIDE_TILES - 1 column tiles of tokens, which have a multiprocessor to themselves.
+constexpr int WIDE_TILES = 4;
+constexpr int WIDE_MAX_REGISTERS = 224;

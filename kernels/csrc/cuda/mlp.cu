@@ -15,18 +15,21 @@
 namespace fuseline {
 namespace {
 
-// Shared memory of a CTA, in order; the barriers are the ring's, then one each.
+// Shared memory of a CTA, in order; the barriers are the ring's, then one each. The down half takes its x in parts if
+// all of it is too much.
 struct MlpLayout {
-    uint32_t reduce, sums, x, ring, end;
+    uint32_t reduce, sums, x, x_room, ring, end;
 
     __host__ __device__ explicit MlpLayout(const fl_mlp_args& args) {
         const uint32_t cluster = args.launch.cluster, batch = args.batch;
+        const uint32_t ring_bytes = LINEAR_WARPS * args.launch.stages * PIECE_BYTES;
         reduce = 1024;
         sums = reduce + LINEAR_WARPS * UnitReduce::slot_bytes(batch, cluster);
         x = sums + RowScales::bytes(cluster);
-        ring = x + max(x_bytes(batch, args.hidden, cluster), x_bytes(batch, args.inner, cluster));
-        ring = divide_up(ring, 128) * 128;
-        end = ring + LINEAR_WARPS * args.launch.stages * PIECE_BYTES;
+        x_room = StreamedX::room(batch, args.inner, cluster, x_slice_bytes(batch, args.hidden, cluster),
+                                 room_left(args.launch, x + ring_bytes));
+        ring = x + x_room;
+        end = ring + ring_bytes;
     }
 };
 
@@ -70,20 +73,20 @@ __global__ void __launch_bounds__(LINEAR_THREADS, kTiles < 4 ? 2 : 1)
     UnitReduce reduce(smem + layout.reduce + warp * UnitReduce::slot_bytes(batch, cluster), after_rings + warp, cluster,
                       rank);
     const RowScales scales(smem + layout.sums, after_rings + LINEAR_WARPS, cluster, rank);
-    const uint32_t x_ready = ptx::shared_address(after_rings + LINEAR_WARPS + 1);
+    const Slice hidden_slice = slice_of(hidden, rank, cluster), inner_slice = slice_of(inner, rank, cluster);
+    uint64_t* x_barriers = after_rings + LINEAR_WARPS + 1;
     if (lane == 0) {
         ring.init();
         reduce.init();
         if (warp == 0) {
             scales.init(batch);
-            ptx::mbarrier_init(x_ready, 1);
+            StreamedX::init(x_barriers);
         }
         ptx::fence_mbarrier_init();
     }
     __syncthreads();
     ptx::cluster_arrive_relaxed();
 
-    const Slice hidden_slice = slice_of(hidden, rank, cluster), inner_slice = slice_of(inner, rank, cluster);
     const Units gate_up = units_of(args.gate_up, 2 * inner / UNIT_ROWS, hidden, index, num_clusters, hidden_slice);
     const Units down = units_of(args.down, hidden / UNIT_ROWS, inner, index, num_clusters, inner_slice);
     Chained<UnitSource, UnitSource> source{UnitSource(gate_up), UnitSource(down)};
@@ -108,19 +111,18 @@ __global__ void __launch_bounds__(LINEAR_THREADS, kTiles < 4 ? 2 : 1)
             if (token < batch) {
                 const float scale = scales.scale(token, hidden, args.eps);
                 const float gate = c[i] * scale + gate_bias, up = c[2 + i] * scale + up_bias;
-                activations[static_cast<uint64_t>(token) * inner + neuron] = ptx::float_to_bf16(silu(gate) * up);
+                activations[x_index(batch, token, neuron)] = ptx::float_to_bf16(silu(gate) * up);
             }
         }
     };
-    project<kTiles>(ring, source, gate_up, XRows<kTiles>(x, batch, hidden_slice), batch, reduce, activate);
+    ResidentX hidden_x(x, hidden_slice);
+    project<kTiles>(ring, source, gate_up, hidden_x, batch, reduce, activate);
     scales.wait();
     ptx::fence_proxy_async_global();
     grid_barrier(static_cast<uint32_t*>(args.workspace));
-    if (warp == 0) {
-        load_rows(x, activations, batch, inner, inner_slice, x_ready);
-    }
+    StreamedX inner_x(x, layout.x_room, x_barriers, activations, batch, inner_slice);
+    inner_x.start(down.rounds());
     prefetch_next(args);
-    ptx::mbarrier_wait(x_ready, 0);
 
     const auto store = [&](uint32_t unit, int n, const float (&c)[4]) {
 #pragma unroll
@@ -131,7 +133,7 @@ __global__ void __launch_bounds__(LINEAR_THREADS, kTiles < 4 ? 2 : 1)
             }
         }
     };
-    project<kTiles>(ring, source, down, XRows<kTiles>(x, batch, inner_slice), batch, reduce, store);
+    project<kTiles>(ring, source, down, inner_x, batch, reduce, store);
 }
 
 using Kernel = void (*)(fl_mlp_args);
@@ -164,7 +166,7 @@ LaunchShape shape_of(const fl_mlp_args& args) {
 using namespace fuseline;
 
 int64_t fl_cuda_mlp_workspace(const fl_mlp_args* args) {
-    return 256 + 2 * static_cast<int64_t>(args->batch) * args->inner;
+    return 256 + static_cast<int64_t>(x_bytes(args->batch, args->inner));
 }
 
 int fl_cuda_mlp_limits(const fl_mlp_args* args, fl_limits* limits) {
@@ -177,5 +179,6 @@ int fl_cuda_mlp_limits(const fl_mlp_args* args, fl_limits* limits) {
 }
 
 int fl_cuda_mlp_block(const fl_mlp_args* args) {
-    return valid(*args) ? launch("mlp_block", kernel_for(args->batch), *args, shape_of(*args)) : kInvalidValue;
+    const bool possible = valid(*args) && MlpLayout(*args).end <= MAX_SHARED_BYTES;
+    return possible ? launch("mlp_block", kernel_for(args->batch), *args, shape_of(*args)) : kInvalidValue;
 }

@@ -386,6 +386,12 @@ FL_PTX float exp2_approx(float x) {
     return y;
 }
 
+// The same value, computed anew as far as the compiler knows: cheaper than to keep what follows from it in registers.
+FL_PTX uint32_t recomputed(uint32_t value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
+
 FL_PTX uint64_t clock_ticks() {
     uint64_t ticks;
     asm volatile("mov.u64 %0, %%clock64;" : "=l"(ticks)::"memory");

@@ -69,6 +69,7 @@ def run(
     stages: int = 2,
     bias: bool = True,
     repeats: int = 1,
+    max_shared_bytes: int = 0,
 ) -> tuple[Array, Array]:
     """residual_out and delta_out, after ``repeats`` runs in a row on the same workspace."""
     library = build_kernels("emulated-mlp", CUDA / "mlp.cu")
@@ -83,7 +84,13 @@ def run(
         hidden=hidden,
         inner=weights.down.shape[1],
         eps=EPS,
-        launch=header.structs["fl_launch"](cluster=cluster, num_clusters=num_clusters, stages=stages, dependent=1),
+        launch=header.structs["fl_launch"](
+            cluster=cluster,
+            num_clusters=num_clusters,
+            stages=stages,
+            dependent=1,
+            max_shared_bytes=max_shared_bytes,
+        ),
         residual=emulation.input("residual", residual),
         delta=emulation.input("delta", delta) if delta is not None else None,
         norm=emulation.input("norm", weights.norm),
@@ -157,3 +164,15 @@ def test_optional_inputs_and_a_second_launch_on_the_same_workspace(seed: int) ->
     residual_out, delta_out = run(weights, residual, None, seed=seed, bias=False, repeats=2)
     np.testing.assert_array_equal(residual_out, residual)
     assert close(delta_out, reference(weights, residual, bias=False))
+
+
+@pytest.mark.parametrize(("seed", "inner", "cluster"), [(0, 1600, 2), (1, 1120, 1), (2, 3200, 4)])
+def test_taking_the_activations_in_parts_changes_no_bit(seed: int, inner: int, cluster: int) -> None:
+    weights = Weights.random(160, inner)
+    residual, delta = stream(4, 160)
+    whole, parts = (
+        run(weights, residual, delta, seed=seed, cluster=cluster, num_clusters=1, stages=1, max_shared_bytes=limit)
+        for limit in (0, 1)
+    )
+    np.testing.assert_array_equal(parts[1], whole[1])
+    assert close(parts[1], reference(weights, residual + delta, bias=True))

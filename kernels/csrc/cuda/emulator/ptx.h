@@ -295,6 +295,9 @@ inline float bf16_high(uint32_t packed) {
 inline float exp2_approx(float x) {
     return std::exp2(x);
 }
+inline uint32_t recomputed(uint32_t value) {
+    return value;
+}
 uint64_t clock_ticks();
 
 } // namespace fuseline::ptx
