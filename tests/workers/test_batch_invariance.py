@@ -1,4 +1,4 @@
-"""Whole generations of native kernels give the same bits whatever runs beside them, at the dtype of the weights."""
+"""Whole generations of native kernels give the same bits whatever runs beside them, whatever holds the weights."""
 
 from __future__ import annotations
 
@@ -19,14 +19,17 @@ COMPANY: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_generations_do_not_depend_on_their_company(dtype: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "quantization"),
+    [("bfloat16", "none"), ("float16", "none"), ("float32", "none"), ("bfloat16", "int8"), ("bfloat16", "int4")],
+)
+def test_generations_do_not_depend_on_their_company(dtype: str, quantization: str, tmp_path: Path) -> None:
     if native_library() is None:
         pytest.skip("no compiler")
     write_tiny(tmp_path, num_hidden_layers=2)
 
     def generate(**options: Any) -> tuple[list[RequestOutput], int]:
-        with LLM(str(tmp_path), dtype=dtype, **{**SMALL_LLM, **options}) as llm:
+        with LLM(str(tmp_path), dtype=dtype, quantization=quantization, **{**SMALL_LLM, **options}) as llm:
             outputs = llm.generate(*mixed_requests())
             return outputs, llm.group.engine.stats().num_preemptions
 

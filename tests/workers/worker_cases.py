@@ -117,12 +117,14 @@ async def worker(
     max_num_batched_tokens: int = 256,
     handoff_timeout_s: float = 30.0,
     block_size: int = 16,
+    quantization: str = "none",
 ) -> AsyncIterator[Worker]:
     """A worker of the demo model in float32, its first rank in this process. Leaves nothing held behind."""
     config = GroupConfig(
         "demo",
         device="cpu",
         dtype="float32",
+        quantization=quantization,
         parallel=ParallelConfig(tp, pp),
         scheduler=SchedulerConfig(16, max_num_batched_tokens, 32, handoff_timeout_s=handoff_timeout_s),
         block_size=block_size,

@@ -153,6 +153,7 @@ def run_group(
     block_size: int = 4,
     num_blocks: int = 256,
     seed: int = 0,
+    quantization: str = "auto",
 ) -> Iterator[Driver]:
     """Load the checkpoint on ``tp * pp`` ranks of this process, joined by real communicators."""
     parallel = ParallelConfig(tp, pp)
@@ -168,7 +169,7 @@ def run_group(
     driver = None
     try:
         models = [
-            load_model(path, config, dtype, CPU, parallel, rank, communicators[rank])
+            load_model(path, config, dtype, CPU, parallel, rank, communicators[rank], quantization=quantization)
             for rank in range(parallel.world_size)
         ]
         driver = Driver(models, communicators, parallel, block_size, num_blocks, seed)
