@@ -26,6 +26,7 @@ from .cluster_config import ClusterConfig
 from .controller import Controller
 from .messages import Count, Done, ReplicaReport, WorkerSpec, pack, unpack
 from .placement import STRATEGY, Resources, place
+from .ray_errors import in_short
 from .reconcile import Target
 from .worker_actor import CONTROLLER_NAME, WorkerActor, log_to_stderr
 
@@ -224,7 +225,6 @@ async def _ask(answer: Awaitable[bytes]) -> bytes:
     try:
         return await answer
     except RayActorError as error:
-        what, _, _ = " ".join(str(error).split()).partition(" Some common causes")
-        raise UnavailableError(what) from error
+        raise UnavailableError(in_short(error)) from error
     except RayError as error:
-        raise UnavailableError(f"{type(error).__name__}: {error}") from error
+        raise UnavailableError(f"{type(error).__name__}: {in_short(error)}") from error
