@@ -23,18 +23,18 @@ class Process(NamedTuple):
     start_ticks: int
 
 
+def children(pid: int) -> set[Process]:
+    """The children of ``pid``; empty where there is no /proc. Zombies do not count."""
+    return set(_by_parent().get(pid, ()))
+
+
 def descendants(pid: int) -> set[Process]:
-    """Children of ``pid``, their children and so on; empty where there is no /proc. Zombies do not count."""
-    children: dict[int, list[Process]] = {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        found = _read(int(entry.name))
-        if found is not None:
-            parent, process = found
-            children.setdefault(parent, []).append(process)
+    """Children of ``pid``, their children and so on."""
+    by_parent = _by_parent()
     result: set[Process] = set()
     parents = [pid]
     while parents:
-        for child in children.get(parents.pop(), []):
+        for child in by_parent.get(parents.pop(), ()):
             result.add(child)
             parents.append(child.pid)
     return result
@@ -42,8 +42,18 @@ def descendants(pid: int) -> set[Process]:
 
 def family(word: str) -> set[Process]:
     """Descendants of this process with ``word`` in their command line, and all that descend from those."""
-    roots = {process for process in descendants(os.getpid()) if word.encode() in _command_line(process.pid)}
+    roots = {process for process in descendants(os.getpid()) if has_word(process.pid, word)}
     return roots.union(*(descendants(process.pid) for process in roots))
+
+
+def has_word(pid: int, word: str) -> bool:
+    """Whether ``word`` is, or is part of, one of the words of its command line."""
+    return any(word in argument for argument in _command_line(pid))
+
+
+def program(process: Process) -> str:
+    """The name of what it runs, without the way there; empty when it is gone."""
+    return Path(_command_line(process.pid)[0]).name
 
 
 def is_alive(process: Process) -> bool:
@@ -82,8 +92,19 @@ def _read(pid: int) -> tuple[int, Process] | None:
     return None if state in "ZX" else (parent, Process(pid, start_ticks))
 
 
-def _command_line(pid: int) -> bytes:
+def _by_parent() -> dict[int, list[Process]]:
+    found: dict[int, list[Process]] = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        read = _read(int(entry.name))
+        if read is not None:
+            parent, process = read
+            found.setdefault(parent, []).append(process)
+    return found
+
+
+def _command_line(pid: int) -> list[str]:
+    """Its words; a single empty one when it is gone."""
     try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
     except (FileNotFoundError, ProcessLookupError):
-        return b""
+        return [""]

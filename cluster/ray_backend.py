@@ -10,12 +10,11 @@ import asyncio
 import logging
 import os
 import secrets
-import shutil
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import AsyncIterator, Awaitable
-from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -30,7 +29,9 @@ from .cluster_config import ClusterConfig
 from .membership import MembershipView
 from .messages import ControllerStatus, Count, Done, pack, unpack
 from .placement import Resources, check_room
-from .processes import end_all, family
+from .processes import Process, children, end_all, family, has_word, is_alive, program
+from .ray_errors import in_short
+from .ray_folder import RayFolder
 from .reconcile import Target
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ PRIVATE_RAY_ENVIRONMENT = {
     "RAY_enable_worker_prestart": "0",
     "RAY_prestart_worker_first_driver": "0",
     "RAY_AUTH_MODE": "token",
+    # What each call of an actor did, for a dashboard that there is not; ending would wait 5 s to hand the rest in.
+    "RAY_task_events_report_interval_ms": "0",
 }
 AUTH_TOKEN = "RAY_AUTH_TOKEN"  # noqa: S105  drawn once per process, since Ray reads it once
 OBJECT_STORE_BYTES = 80 * 2**20  # Ray's minimum is 75 MiB; nothing but small messages goes through Ray
@@ -53,7 +56,12 @@ CALL_TIMEOUT_S = 30.0  # for the controller to answer, a restart of it included
 RETRY_S = 0.2
 LONG_POLL_S = 30.0
 CLOSE_TIMEOUT_S = 30.0
+# What is left then is killed with its Ray. It has nothing to lose: no request is under way any more.
+PRIVATE_CLOSE_TIMEOUT_S = 4.0
 PROCESSES_END_S = 5.0
+ALIVE_CHECK_S = 0.5
+# Without either of them Ray is of no use; only its own processes would wait for them, for a minute.
+SERVERS = ("gcs_server", "raylet")
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -72,11 +80,12 @@ class RayBackend:
         log_dir: where a private Ray keeps the logs of its processes until it is closed; None in a joined cluster.
     """
 
-    def __init__(self, config: ClusterConfig, controller: RayController, log_dir: Path | None) -> None:
+    def __init__(self, config: ClusterConfig, controller: RayController, private: _PrivateRay | None) -> None:
         self.config = config
         self.controller = controller
         self.membership = RayMembership(controller)
-        self.log_dir = log_dir
+        self.log_dir = private.folder.path if private else None
+        self._private = private
 
     @classmethod
     def start(cls, config: ClusterConfig) -> RayBackend:
@@ -90,9 +99,9 @@ class RayBackend:
         if "ray" in sys.modules and sys.modules["ray"].is_initialized():
             raise UnavailableError("this process is already connected to a Ray cluster")
         namespace = f"fuseline-{secrets.token_hex(4)}"
-        directory = None if config.ray_address else Path(tempfile.mkdtemp(prefix="fuseline-ray-"))
+        private = None if config.ray_address else _PrivateRay()
         try:
-            ray = _private_ray(directory, namespace) if directory else _joined_ray(config.ray_address, namespace)
+            ray = private.start(namespace) if private else _joined_ray(config.ray_address, namespace)
             from .controller_actor import MAX_CONCURRENCY, ControllerActor, cluster_nodes
             from .worker_actor import CONTROLLER_NAME
 
@@ -105,15 +114,21 @@ class RayBackend:
             }
             actor = ray.remote(ControllerActor).options(**options).remote(pack(config))
         except BaseException:
-            _shut_down(directory)
+            _shut_down(private, 0.0)  # it may not know yet what it has started, and then ends nothing
             raise
-        return cls(config, RayController(actor), directory)
+        return cls(config, RayController(actor, private), private)
 
     def close(self) -> None:
         """Stop all replicas and the controller, leave Ray, and end a private Ray; bounded, idempotent."""
         self.membership.close()
-        self.controller.close(CLOSE_TIMEOUT_S)
-        _shut_down(self.log_dir)
+        self.controller.close(CLOSE_TIMEOUT_S if self._private is None else PRIVATE_CLOSE_TIMEOUT_S)
+        is_orderly = self._private is not None and self._private.is_alive()
+        _shut_down(self._private, PROCESSES_END_S if is_orderly else 0.0)
+
+    async def lost(self) -> None:
+        """Return when a private Ray's servers have ended without having been told to; of a joined one never."""
+        while self._private is None or self._private.is_alive():  # noqa: ASYNC110  # no event tells
+            await asyncio.sleep(ALIVE_CHECK_S)
 
     def __enter__(self) -> RayBackend:
         return self
@@ -131,8 +146,9 @@ class RayController:
         UnavailableError: it cannot be reached.
     """
 
-    def __init__(self, actor: Any) -> None:
+    def __init__(self, actor: Any, private: _PrivateRay | None) -> None:
         self._actor = actor
+        self._private = private
         self._closed = False
 
     async def status(self, version: int = -1, timeout_s: float = 0.0) -> ControllerStatus:
@@ -161,9 +177,14 @@ class RayController:
             return
         self._closed = True
         try:
-            unpack(ray.get(self._actor.close.remote(), timeout=timeout_s), Done)
+            answer = self._actor.close.remote()
+            deadline = time.monotonic() + timeout_s
+            while not ray.wait([answer], timeout=ALIVE_CHECK_S)[0] and time.monotonic() < deadline:
+                if self._private is not None and not self._private.is_alive():
+                    return  # as when a signal was meant for all of us; the replicas end with Ray
+            unpack(ray.get(answer, timeout=0), Done)
         except (RayError, GetTimeoutError, FuselineError) as error:
-            logger.warning("the replicas could not be stopped in order: %s", error)
+            logger.info("the replicas were not stopped in order: %s", in_short(error))
         ray.kill(self._actor)
 
     async def _call(self, kind: type[T], call: Callable[[], Awaitable[bytes]], extra_s: float = 0.0) -> T:
@@ -180,9 +201,10 @@ class RayController:
                         reason = error
                         await asyncio.sleep(RETRY_S)
         except TimeoutError as error:
-            raise UnavailableError(f"the controller does not answer: {reason or 'too slow'}") from error
+            why = "too slow" if reason is None else in_short(reason)
+            raise UnavailableError(f"the controller does not answer: {why}") from error
         except RayError as error:
-            raise UnavailableError(f"the controller cannot be reached: {error}") from error
+            raise UnavailableError(f"the controller cannot be reached: {in_short(error)}") from error
         raise UnavailableError("the cluster is closed")
 
 
@@ -212,17 +234,45 @@ class RayMembership:
                 yield view
 
 
-def _private_ray(directory: Path, namespace: str) -> Any:
-    """Start a Ray of our own on this machine; returns the module."""
-    os.environ.update(PRIVATE_RAY_ENVIRONMENT)
-    os.environ.setdefault(AUTH_TOKEN, secrets.token_hex(32))
-    return _init(
-        address="local",
-        namespace=namespace,
-        include_dashboard=False,
-        object_store_memory=OBJECT_STORE_BYTES,
-        _temp_dir=str(directory),
-    )
+class _PrivateRay:
+    """A Ray of our own on this machine.
+
+    Attributes:
+        folder: that its processes log to, and are known by.
+    """
+
+    def __init__(self) -> None:
+        try:
+            self.folder = RayFolder()
+        except OSError as error:
+            raise UnavailableError(f"there is no room for Ray's folder: {error}") from error
+        self._servers: set[Process] = set()
+
+    def start(self, namespace: str) -> Any:
+        """Start it; returns the module."""
+        os.environ.update(PRIVATE_RAY_ENVIRONMENT)
+        os.environ.setdefault(AUTH_TOKEN, secrets.token_hex(32))
+        ray = _init(
+            address="local",
+            namespace=namespace,
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            _temp_dir=str(self.folder.path),
+        )
+        self._servers = {process for process in self._started() if program(process) in SERVERS}
+        return ray
+
+    def is_alive(self) -> bool:
+        """Whether all of its servers are."""
+        return all(is_alive(process) for process in self._servers)
+
+    def end_helpers(self) -> None:
+        """End what only observes: it holds nothing, and one by one Ray would wait for each."""
+        end_all((process for process in self._started() if program(process) not in SERVERS), 0)
+
+    def _started(self) -> set[Process]:
+        """What was started from this process."""
+        return {process for process in children(os.getpid()) if has_word(process.pid, str(self.folder.path))}
 
 
 def _joined_ray(address: str, namespace: str) -> Any:
@@ -237,11 +287,12 @@ def _init(**options: Any) -> Any:
     try:
         # Ray would put this process's folder on the path of its workers, where a bare ``runtime`` or ``proto`` might
         # lie beside fuseline's. An empty folder, copied to the workers now, keeps it off.
-        with tempfile.TemporaryDirectory() as empty:
+        with tempfile.TemporaryDirectory(dir=options.get("_temp_dir")) as empty:
             environment = {"working_dir": empty}
             ray.init(log_to_driver=False, logging_level=logging.ERROR, runtime_env=environment, **options)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        raise UnavailableError(f"Ray cannot be started or reached: {error}") from error
+        why, _, _ = str(error).strip().partition("\n")
+        raise UnavailableError(f"Ray cannot be started or reached: {why}") from error
     finally:
         # Ray has put a handler of its own there that aborts the process after 3 s, whatever it is doing by then.
         signal.signal(signal.SIGTERM, _exit if handler in (signal.SIG_DFL, None) else handler)
@@ -253,15 +304,16 @@ def _exit(signum: int, frame: FrameType | None) -> None:
     sys.exit(128 + signum)
 
 
-def _shut_down(directory: Path | None) -> None:
-    """Leave Ray; with a directory it is a private one: wait until its processes are gone, then remove its files."""
-    import ray
-
-    processes = family(str(directory)) if directory else set()
-    ray.shutdown()
-    if directory:
-        end_all(processes, PROCESSES_END_S)
-        shutil.rmtree(directory, ignore_errors=True)
+def _shut_down(private: _PrivateRay | None, patience_s: float) -> None:
+    """Leave Ray; kill what has not ended of a private one within so many seconds, then remove its files."""
+    processes = family(str(private.folder.path)) if private else set()
+    if private:
+        private.end_helpers()
+    if "ray" in sys.modules:  # its import may have been interrupted
+        sys.modules["ray"].shutdown()
+    if private:
+        end_all(processes, patience_s)
+        private.folder.remove()
 
 
 def resolve(config: ClusterConfig, nodes: list[Resources]) -> ClusterConfig:

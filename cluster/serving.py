@@ -15,7 +15,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -38,6 +38,7 @@ RAY_CONNECT_TIMEOUT_S = 5.0
 MAX_GRACE_S = 30.0  # for streams to end when the cluster does; a longer drain_timeout is for replicas that leave it
 PREFILL_QUEUE_STEPS = 4  # a prefill worker's queue is kept below so many full steps
 
+STDOUT = 1
 INTERRUPTED = 130  # what shells report for Ctrl-C
 
 Say = Callable[[str], None]
@@ -89,6 +90,11 @@ class _Stopping:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._event = asyncio.Event()
 
+    @property
+    def is_asked(self) -> bool:
+        """Whether someone has told to stop."""
+        return self._asked
+
     def listen(self) -> None:
         """Take the signals."""
         for number in SIGNALS:
@@ -119,6 +125,9 @@ class _Stopping:
             os._exit(INTERRUPTED)
         self.ask()
         if self._loop is None:
+            # Ray takes a while to end. Not ``say``, which may be what is interrupted.
+            with suppress(OSError):
+                os.write(STDOUT, b"interrupted: clearing away\n")
             raise KeyboardInterrupt
 
 
@@ -154,16 +163,34 @@ async def _serve(
     port = await gateway.start()
     try:
         ready = asyncio.create_task(_wait_ready(backend, gateway, say))
-        asked = asyncio.create_task(stopping.wait())
-        await asyncio.wait({ready, asked}, return_when=asyncio.FIRST_COMPLETED)
-        if ready.done():
+        ended = asyncio.create_task(_ended(backend, stopping))
+        await asyncio.wait({ready, ended}, return_when=asyncio.FIRST_COMPLETED)
+        if ready.done() and not ended.done():
             ready.result()
             say(f"ready in {time.monotonic() - started_at:.1f} s: {join_address(config.host, port)} (Ctrl-C stops)")
-        await asked
+        await asyncio.wait({ended})
         ready.cancel()
+        await asyncio.gather(ready, return_exceptions=True)
+        ended.result()
         say(f"stopping, {gateway.num_sequences} sequences under way")
     finally:
         await gateway.stop(min(config.drain_timeout_s, MAX_GRACE_S))
+
+
+async def _ended(backend: RayBackend, stopping: _Stopping) -> None:
+    """Return when told to stop.
+
+    Raises:
+        UnavailableError: Ray has ended, and there is nothing left to serve with.
+    """
+    asked, lost = asyncio.create_task(stopping.wait()), asyncio.create_task(backend.lost())
+    try:
+        await asyncio.wait({asked, lost}, return_when=asyncio.FIRST_COMPLETED)
+        if not stopping.is_asked:
+            raise UnavailableError("Ray has ended: one of its servers is gone")
+    finally:
+        asked.cancel()
+        lost.cancel()
 
 
 async def _wait_ready(backend: RayBackend, gateway: Gateway, say: Say) -> None:

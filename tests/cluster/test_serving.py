@@ -7,8 +7,9 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -20,15 +21,16 @@ from fuseline.tests.timing import PATIENTLY_S, PROMPTLY_S
 pytestmark = pytest.mark.ray
 MARK = "FUSELINE_TEST"
 REPOSITORY = Path(__file__).parents[2]
+SERVE = (Path(sys.executable).with_name("fuseline"), "serve", "demo", "--grpc-port", "0")
 
 
-def marked(mark: str) -> list[str]:
-    """Command lines of the living processes that have inherited the mark."""
-    found = []
+def marked(mark: str) -> dict[int, str]:
+    """Command lines of the living processes that have inherited the mark, by process id."""
+    found = {}
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             if f"{MARK}={mark}".encode() in (entry / "environ").read_bytes():
-                found.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+                found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
         except OSError:
             continue
     return found
@@ -39,7 +41,11 @@ async def command(*arguments: str | Path) -> AsyncIterator[tuple[asyncio.subproc
     """A command whose processes are all found by their mark, and are gone in the end."""
     mark = uuid.uuid4().hex
     process = await asyncio.create_subprocess_exec(
-        *arguments, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT, env=os.environ | {MARK: mark}
+        *arguments,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+        env=os.environ | {MARK: mark},
+        start_new_session=True,
     )
     try:
         yield process, mark
@@ -61,11 +67,48 @@ async def lines_until(process: asyncio.subprocess.Process, wanted: str) -> str:
     raise AssertionError(f"it ended without {wanted!r}: {told}")
 
 
-async def test_a_second_ctrl_c_ends_it_at_once_and_leaves_nothing() -> None:
-    fuseline = Path(sys.executable).with_name("fuseline")
-    async with command(fuseline, "serve", "demo", "--grpc-port", "0") as (process, mark):
+@pytest.fixture(autouse=True)
+def temporary_files(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where the commands put temporary files; nothing of Ray is left in the end. (Its sockets want a short path.)"""
+    with tempfile.TemporaryDirectory() as folder:
+        monkeypatch.setenv("TMPDIR", folder)
+        yield Path(folder)
+        assert [entry.name for entry in Path(folder).iterdir() if "ray" in entry.name] == []
+
+
+async def test_a_signal_to_all_processes_at_once_ends_it_soon() -> None:
+    async with command(*SERVE) as (process, _):
         await lines_until(process, "loading")
-        assert any("raylet" in line for line in marked(mark))
+        os.killpg(process.pid, signal.SIGTERM)
+        async with asyncio.timeout(25):  # some 6 s, and would be 40 if it waited for a controller that is gone
+            out, _ = await process.communicate()
+        assert process.returncode == 0, out.decode()
+        assert out.decode().endswith("stopped\n")
+
+
+async def test_it_ends_when_its_ray_is_lost() -> None:
+    async with command(*SERVE) as (process, mark):
+        await lines_until(process, "loading")
+        os.kill(next(pid for pid, line in marked(mark).items() if "/gcs_server" in line), signal.SIGKILL)
+        out, _ = await process.communicate()
+        assert process.returncode == 1
+        assert "fuseline: Ray has ended: one of its servers is gone\n" in out.decode()
+
+
+async def test_ctrl_c_while_ray_starts_is_answered_at_once(temporary_files: Path) -> None:
+    async with command(*SERVE) as (process, mark):
+        await lines_until(process, "starting Ray")
+        await until(lambda: any("/gcs_server" in line for line in marked(mark).values()), PATIENTLY_S)
+        process.send_signal(signal.SIGINT)
+        async with asyncio.timeout(PROMPTLY_S):
+            await lines_until(process, "interrupted")
+        await process.communicate()
+
+
+async def test_a_second_ctrl_c_ends_it_at_once_and_leaves_nothing() -> None:
+    async with command(*SERVE) as (process, mark):
+        await lines_until(process, "loading")
+        assert any("raylet" in line for line in marked(mark).values())
         process.send_signal(signal.SIGINT)
         process.send_signal(signal.SIGTERM)
         async with asyncio.timeout(PROMPTLY_S):
