@@ -34,8 +34,8 @@ class GroupConfig:
         model: "demo", a directory, or the id of a Hugging Face repository.
         name: it is served under; the directory's name when empty.
         device: "cpu", "cuda", or "auto" for cuda where there is one.
-        dtype: of weights, computation and KV cache; "auto" takes the checkpoint's, or float32 on a CPU without
-            instructions for that.
+        dtype: of weights, computation and KV cache; "auto" takes the checkpoint's, or float32 on a CPU with neither
+            native kernels nor instructions for that.
         quantization: of the linear layers, one of ``runtime.config.QUANTIZATIONS``; "auto" takes the checkpoint's.
         max_model_len: None takes what the model was made for.
         num_kv_blocks: None takes what ``kv_cache_memory_bytes`` has room for.

@@ -116,8 +116,8 @@ class LLM:
     Args:
         model: "demo" for the bundled one, a directory, or the id of a Hugging Face repository.
         device: "cpu", "cuda", or "auto" for cuda where there is one.
-        dtype: "float32", "bfloat16", "float16", or "auto" for the checkpoint's, or float32 on a CPU without
-            instructions for that.
+        dtype: "float32", "bfloat16", "float16", or "auto" for the checkpoint's, or float32 on a CPU with
+            neither native kernels nor instructions for that.
         quantization: of the linear layers: "int8" (with 8-bit activations), "int4" (groups of 32), "int4_g64",
             "int4_g128" round the weights while loading, "none" leaves them; "auto" follows the checkpoint, which may
             be of GPTQ, AWQ or compressed-tensors.

@@ -14,6 +14,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]
 
 from ..collectives.communicator import GroupCommunicators
+from ..kernels.cpu.library import native_library
 from ..runtime.config import ModelInfo
 from ..runtime.errors import InvalidArgumentError, ModelFormatError, NotFoundError
 from ..runtime.sharding import ParallelConfig
@@ -123,16 +124,15 @@ def check_cut(path: Path, parallel: ParallelConfig, quantization: str = "auto") 
 
 
 def runnable_dtype(dtype: str, device: str) -> str:
-    """What "auto" means for a checkpoint of ``dtype``: the same, unless this CPU would have to emulate it.
+    """What "auto" means for a checkpoint of ``dtype``: the same, unless torch would have to emulate it on this CPU.
 
-    Without 16-bit float instructions a matrix product takes several times as long as with float32 copies.
+    Without native kernels and 16-bit float instructions a matrix product takes several times as long as with float32
+    copies.
     """
-    if device == "cpu" and (
-        (dtype == "bfloat16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported())
-        or (dtype == "float16" and not torch.ops.mkldnn._is_mkldnn_fp16_supported())
-    ):
-        return "float32"
-    return dtype
+    emulated = (dtype == "bfloat16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()) or (
+        dtype == "float16" and not torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    )
+    return "float32" if device == "cpu" and emulated and native_library() is None else dtype
 
 
 def load_model(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 from collections import Counter
 from pathlib import Path
@@ -208,12 +209,18 @@ def test_the_dtype_is_that_of_the_weights_when_the_configuration_does_not_say(tm
     assert model_info(tmp_path, device="cuda").dtype == "float16"
 
 
-def test_a_cpu_without_16_bit_instructions_runs_in_float32_unless_told(
+def test_a_cpu_that_would_emulate_16_bit_runs_in_float32_unless_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_checkpoint(tmp_path, build_model("llama"), dtype=torch.bfloat16)
-    for native, dtype in ((False, "float32"), (True, "bfloat16")):
-        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda native=native: native)
+    library = ctypes.CDLL(None)
+    for instructions, kernels, dtype in (
+        (False, None, "float32"),
+        (True, None, "bfloat16"),
+        (False, library, "bfloat16"),
+    ):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda answer=instructions: answer)
+        monkeypatch.setattr(loader, "native_library", lambda answer=kernels: answer)
         assert model_info(tmp_path, device="cpu").dtype == dtype
         assert model_info(tmp_path, "bfloat16", device="cpu").dtype == "bfloat16"
         assert model_info(tmp_path, device="cuda").dtype == "bfloat16"
