@@ -9,6 +9,7 @@ import ctypes
 import logging
 import os
 import platform
+import shlex
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -70,13 +71,17 @@ class NativeAllReduce:
 
 @cache
 def exchange_library() -> ctypes.CDLL | None:
-    """The library, built if need be, or None if there can be none; then the reason has been logged, once."""
+    """The library, built if need be, or None if there can be none; then the reason has been logged, once.
+
+    ``FUSELINE_CPU_FLAGS`` adds flags of the compiler, as it does for the library of CPU kernels.
+    """
+    extra_flags = shlex.split(os.environ.get("FUSELINE_CPU_FLAGS", ""))
     source = LibrarySource(
         name=f"fuseline_exchange_{platform.machine()}",
         sources=(SOURCE_FOLDER / "exchange" / "exchange.cpp",),
         headers=(SOURCE_FOLDER / "exchange" / "exchange.h", SOURCE_FOLDER / "cpu" / "isa.h"),
-        flags=FLAGS,
-        link_flags=LINK_FLAGS,
+        flags=(*FLAGS, *extra_flags),
+        link_flags=(*LINK_FLAGS, *extra_flags),
     )
     try:
         path = build_library(source, find_compiler(os.environ.get("CXX", ""), "g++", "c++"))

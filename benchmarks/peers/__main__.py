@@ -30,7 +30,7 @@ import torch
 
 from .cells import OURS, PEERS, Cell, Laboratory, check_agreement
 from .checkpoints import SHAPES, write
-from .report import Row, floor, make_row, print_ratios, print_rows, ratios
+from .report import METRICS, Row, floor, make_row, print_ratios, print_rows, ratios
 
 WORK = Path("~/.cache/fuseline/peers").expanduser()
 GIB = 1 << 30
@@ -71,7 +71,7 @@ def find_pythons(given: list[str], venvs: Path | None) -> dict[str, str]:
 
 
 def measure(laboratory: Laboratory, arguments: argparse.Namespace) -> float:
-    """Run all cells, round by round; returns the median of the rounds' bandwidths."""
+    """Convert what has to be, then run all cells, round by round; returns the median of the rounds' bandwidths."""
     bandwidths = []
     checkpoints = {model: write(model, arguments.work / "checkpoints") for model in arguments.models}
     peers = [peer for peer in arguments.peers if laboratory.installed(peer)]
@@ -79,6 +79,9 @@ def measure(laboratory: Laboratory, arguments: argparse.Namespace) -> float:
         if peer not in peers:
             print(f"{peer}: not installed")
     kinds = [(model, peer, mode) for model in arguments.models for peer in peers for mode in PEERS[peer].modes]
+    for model, peer, mode in list(kinds):
+        if error := laboratory.prepare(model, peer, mode, checkpoints[model]):
+            print(f"{model} {peer} {mode} cannot be converted: {error}", flush=True)
     for number in range(arguments.rounds):
         bandwidths.append(read_bandwidth())
         for model, peer, mode in list(kinds):
@@ -88,7 +91,7 @@ def measure(laboratory: Laboratory, arguments: argparse.Namespace) -> float:
             print(f"round {number + 1}, {model} {peer} {mode}, {seconds:.0f} s: {outcome_of(cell)}", flush=True)
             if seconds > arguments.patience:
                 kinds.remove((model, peer, mode))
-    return statistics.median(bandwidths)
+    return statistics.median(bandwidths or [0.0])
 
 
 def outcome_of(cell: Cell) -> str:
@@ -115,7 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), help=f"{OURS} is one of them")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="0 only converts the models")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON", help="a peer's interpreter")
     parser.add_argument("--venvs", type=Path, help="a folder of virtual environments named like the peers")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds after which a cell is stopped")
@@ -134,6 +137,8 @@ def main() -> None:
         arguments.work, find_pythons(arguments.peer, arguments.venvs), arguments.timeout, resume=arguments.resume
     )
     bytes_per_s = measure(laboratory, arguments)
+    if not laboratory.cells:
+        return
     rows = make_rows(laboratory, arguments)
     machine = f"{cpu_name()}, {len(os.sched_getaffinity(0))} cores"
     print(
@@ -144,14 +149,9 @@ def main() -> None:
     print_ratios(found)
     if arguments.json:
         floors = [
-            {
-                "model": row.model,
-                "kind": row.kind,
-                "metric": metric,
-                "tokens_per_s": floor(row.model, row.kind, metric, bytes_per_s),
-            }
-            for row in {(row.model, row.kind): row for row in rows}.values()
-            for metric in row.rates
+            {"model": model, "kind": kind, "metric": metric, "tokens_per_s": floor(model, kind, metric, bytes_per_s)}
+            for model, kind in dict.fromkeys((row.model, row.kind) for row in rows)
+            for metric in METRICS
         ]
         everything = {
             "machine": machine,

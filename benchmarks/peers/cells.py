@@ -9,7 +9,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -56,7 +55,7 @@ PEERS = {
     "ctranslate2": Peer("ctranslate2_engine", "ctranslate2", {"fp32": FLOAT, "int8": INT8}),
     "openvino": Peer("openvino_engine", "openvino_genai", {"fp16": FLOAT, "int8": INT8, "int4": INT4}),
     "onnxruntime": Peer("onnxruntime_engine", "onnxruntime_genai", {"fp32": FLOAT, "int4": INT4}),
-    "vllm": Peer("vllm_engine", "vllm", {"bf16": FLOAT}),
+    "vllm": Peer("vllm_engine", "vllm", {"bf16": FLOAT, "fp32": FLOAT}),
 }
 
 
@@ -126,24 +125,36 @@ class Laboratory:
         for known in self.cells:
             if known.key == cell.key:
                 return known
-        try:
-            self._measure(cell, checkpoint, self._prepare(cell, checkpoint))
-        except (subprocess.TimeoutExpired, ChildProcessError) as error:
-            cell.error = f"{type(error).__name__}: {error}"[:MAX_ERROR]
+        converted = self._converted(cell.model, cell.peer, cell.mode)
+        if converted.exists():
+            try:
+                self._measure(cell, checkpoint, converted)
+            except (subprocess.TimeoutExpired, ChildProcessError) as error:
+                cell.error = _told(error)
+        else:
+            cell.error = "there is no converted model"
         self.cells.append(cell)
         with self._file.open("a") as file:
             file.write(json.dumps(asdict(cell)) + "\n")
         return cell
 
-    def _prepare(self, cell: Cell, checkpoint: Path) -> Path:
-        converted = self._work / "converted" / f"{cell.model}-{cell.peer}-{cell.mode}"
-        if not converted.exists():
-            partial = converted.with_suffix(".partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            self._call(cell, checkpoint, partial, "prepare", PREPARE_TIMEOUT_S)
-            partial.rename(converted)
-        return converted
+    def prepare(self, model: str, peer: str, mode: str, checkpoint: Path) -> str:
+        """Convert a model, unless it has been; returns why it could not be done, if so."""
+        converted = self._converted(model, peer, mode)
+        if converted.exists():
+            return ""
+        partial = converted.with_name(f"{converted.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            self._call(Cell(model, peer, mode, 0), checkpoint, partial, "prepare", PREPARE_TIMEOUT_S)
+        except (subprocess.TimeoutExpired, ChildProcessError) as error:
+            return _told(error)
+        partial.rename(converted)
+        return ""
+
+    def _converted(self, model: str, peer: str, mode: str) -> Path:
+        return self._work / "converted" / f"{model}-{peer}-{mode}"
 
     def _measure(self, cell: Cell, checkpoint: Path, converted: Path) -> None:
         log = self._log(cell, "measure")
@@ -192,6 +203,12 @@ class Laboratory:
             raise ChildProcessError(f"exit status {status}: {' '.join((reasons or lines)[:1])} (see {log})")
 
 
+def _told(error: Exception) -> str:
+    if isinstance(error, subprocess.TimeoutExpired):
+        return f"took more than {error.timeout:.0f} s"
+    return str(error)[:MAX_ERROR]
+
+
 def check_agreement(cells: list[Cell], checkpoint: Path) -> dict[tuple[str, str], list[int]]:
     """For each peer's mode, how many tokens the float32 reference prefers to each token that it chose.
 
@@ -207,8 +224,3 @@ def check_agreement(cells: list[Cell], checkpoint: Path) -> dict[tuple[str, str]
     return dict(
         zip(checked, ranks(checkpoint, prompts, [cell.check_token_ids for cell in checked.values()]), strict=True)
     )
-
-
-def own_python() -> str:
-    """The interpreter that runs this."""
-    return sys.executable

@@ -41,5 +41,6 @@ def test_kernels_are_clean() -> None:
     # Nor a long search for differing bits, which visits no code that the others do not.
     choice = ["-k", "not bits_depend_on_the_sequence_alone"]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *choice, *map(str, others)]
+    command.append(str(FOLDER.parent / "test_exchange.py"))
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
