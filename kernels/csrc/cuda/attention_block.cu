@@ -37,17 +37,22 @@ __host__ __device__ CombineShape combine_shape(const fl_attention_args& args) {
     return CombineShape::of(args.head_dim, HeadGroups(args).per_part, args.launch.cluster);
 }
 
-// Shared memory of a CTA, in order; the barriers are the ring's, then those of the rest. x of QKV, the slots that fold
-// softmax states, and x of the output projection, in parts if all of it is too much, follow one another in `phase`.
+struct Barriers {
+    uint64_t reduce[2][LINEAR_WARPS], scales, x[StreamedX::kBarriers], combine[2], rings[LINEAR_WARPS * MAX_STAGES];
+};
+
+// Shared memory of a CTA, in order, behind its barriers. x of QKV, the slots that fold softmax states, and x of the
+// output projection, in parts if all of it is too much, follow one another in `phase`.
 struct AttentionLayout {
-    uint32_t reduce, sums, plan, phase, phase_room, ring, end;
+    uint32_t reduce, sums, units, plan, phase, phase_room, ring, end;
 
     __host__ __device__ explicit AttentionLayout(const fl_attention_args& args) {
         const uint32_t cluster = args.launch.cluster, batch = args.batch;
         const uint32_t ring_bytes = LINEAR_WARPS * args.launch.stages * ATTN_SLOT_BYTES;
-        reduce = 1024;
+        reduce = divide_up(sizeof(Barriers), 128) * 128;
         sums = reduce + LINEAR_WARPS * UnitReduce::slot_bytes(batch, cluster);
-        plan = sums + RowScales::bytes(cluster);
+        units = sums + RowScales::bytes(cluster);
+        plan = units + LINEAR_WARPS * sizeof(Units);
         phase = divide_up(plan + sizeof(KvPlan), 128) * 128;
         const uint32_t least =
             max(x_slice_bytes(batch, args.hidden, cluster), static_cast<uint32_t>(combine_shape(args).bytes()));
@@ -130,35 +135,40 @@ __global__ void __maxnreg__(kTiles < 4 ? ATTN_MAX_REGISTERS : ATTN_WIDE_MAX_REGI
     const uint32_t cluster = args.launch.cluster, rank = ptx::cluster_rank();
     const uint32_t index = blockIdx.x / cluster, num_clusters = args.launch.num_clusters;
     const uint32_t batch = args.batch, hidden = args.hidden, attended_cols = args.num_heads * D;
-    uint64_t* barriers = reinterpret_cast<uint64_t*>(smem);
-    uint64_t* after_rings = barriers + LINEAR_WARPS * stages;
+    Barriers& barriers = *reinterpret_cast<Barriers*>(smem);
     unsigned char* phase = smem + params.layout.phase;
     KvPlan& plan = *reinterpret_cast<KvPlan*>(smem + params.layout.plan);
 
-    Ring ring(smem + params.layout.ring + warp * stages * ATTN_SLOT_BYTES, ATTN_SLOT_BYTES, barriers + warp * stages,
-              stages);
-    UnitReduce reduce(smem + params.layout.reduce + warp * UnitReduce::slot_bytes(batch, cluster), after_rings + warp,
-                      cluster, rank);
-    const RowScales scales(smem + params.layout.sums, after_rings + LINEAR_WARPS, cluster, rank);
-    uint64_t* x_barriers = after_rings + LINEAR_WARPS + 1;
-    const KvCombine<D> combine(phase, x_barriers + StreamedX::kBarriers, params.shape);
+    Ring ring(smem + params.layout.ring + warp * stages * ATTN_SLOT_BYTES, ATTN_SLOT_BYTES,
+              barriers.rings + warp * stages, stages);
+    unsigned char* reduce_slots = smem + params.layout.reduce + warp * UnitReduce::slot_bytes(batch, cluster);
+    UnitReduce qkv_reduce(reduce_slots, barriers.reduce[0] + warp, cluster, rank);
+    UnitReduce out_reduce(reduce_slots, barriers.reduce[1] + warp, cluster, rank);
+    const RowScales scales(smem + params.layout.sums, &barriers.scales, cluster, rank);
+    const KvCombine<D> combine(phase, barriers.combine, params.shape);
     if (lane == 0) {
         ring.init();
-        reduce.init();
+        qkv_reduce.init();
+        out_reduce.init();
         if (warp == 0) {
             scales.init(batch);
             combine.init();
-            StreamedX::init(x_barriers);
+            StreamedX::init(barriers.x);
         }
         ptx::fence_mbarrier_init();
     }
     __syncthreads();
     ptx::cluster_arrive_relaxed();
 
-    const Slice hidden_slice = slice_of(hidden, rank, cluster), attended_slice = slice_of(attended_cols, rank, cluster);
+    const Slice hidden_slice = slice_of(hidden, rank, cluster);
     const uint32_t qkv_units = (args.num_heads + 2 * args.num_kv_heads) * (D / UNIT_ROWS);
     const Units qkv = units_of(args.qkv, qkv_units, hidden, index, num_clusters, hidden_slice);
-    const Units out = units_of(args.out, hidden / UNIT_ROWS, attended_cols, index, num_clusters, attended_slice);
+    // Kept in shared memory: registers are short in between.
+    Units& out = reinterpret_cast<Units*>(smem + params.layout.units)[warp];
+    if (lane == 0) {
+        out = units_of(args.out, hidden / UNIT_ROWS, attended_cols, index, num_clusters,
+                       slice_of(attended_cols, rank, cluster));
+    }
     UnitSource qkv_source(qkv);
     ring.refill(qkv_source);
 
@@ -178,8 +188,7 @@ __global__ void __maxnreg__(kTiles < 4 ? ATTN_MAX_REGISTERS : ATTN_WIDE_MAX_REGI
         qkv_source, {KvSource<D>(walk, params.cache, state_index), UnitSource(out)}};
     ring.refill(source);
     ResidentX hidden_x(phase, hidden_slice);
-    project<kTiles>(ring, source, qkv, hidden_x, batch, reduce,
-                    QkvEpilogue<D>{args, scales, params.projected});
+    project<kTiles>(ring, source, qkv, hidden_x, batch, qkv_reduce, QkvEpilogue<D>{args, scales, params.projected});
     scales.wait();
     grid_barrier(params.barrier);
 
@@ -188,7 +197,7 @@ __global__ void __maxnreg__(kTiles < 4 ? ATTN_MAX_REGISTERS : ATTN_WIDE_MAX_REGI
     ptx::fence_proxy_async_global();
     grid_barrier(params.barrier);
 
-    StreamedX attended_x(phase, params.layout.phase_room, x_barriers, params.rows.attended, batch, attended_slice);
+    StreamedX attended_x(phase, params.layout.phase_room, barriers.x, params.rows.attended, batch, out.slice);
     attended_x.start(out.rounds());
     prefetch_share(args.prefetch, args.prefetch_bytes);
     const auto store = [&](uint32_t unit, int n, const float (&c)[4]) {
@@ -201,7 +210,7 @@ __global__ void __maxnreg__(kTiles < 4 ? ATTN_MAX_REGISTERS : ATTN_WIDE_MAX_REGI
         }
     };
     UnitSource& out_source = source.second.second;
-    project<kTiles>(ring, out_source, out, attended_x, batch, reduce, store);
+    project<kTiles>(ring, out_source, out, attended_x, batch, out_reduce, store);
 }
 
 using Kernel = void (*)(AttentionParams);

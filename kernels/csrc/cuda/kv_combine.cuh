@@ -56,49 +56,68 @@ class KvCombine {
         ptx::mbarrier_init(barriers_ + 8, ATTN_WARPS);
     }
 
-    // All warps of the cluster, each epoch, in order. `tile` is one of the state's, or -1 from a warp that has none.
-    __device__ void push(const KvItem& item, int32_t epoch, const KvSoftmax<D>& softmax, int32_t tile) const {
-        if (epoch > 0) {
-            wait(epoch - 1);
+    // A warp's state of this epoch, to which tile `tile` belongs.
+    __device__ void push(int32_t epoch, const KvSoftmax<D>& softmax, int32_t tile) const {
+        const int32_t lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+        wait_before(epoch);
+        const float2 sum = reduce_rows(softmax.sum, false);
+        if (t >= shape_.lanes) {
+            return;
         }
-        if (tile >= 0) {
-            push_state(epoch, softmax, tile & (shape_.num_states - 1));
+        const int32_t state = tile & (shape_.num_states - 1);
+        const uint32_t slot =
+            ptx::shared_address(slots_) + (epoch & 1) * shape_.slot_bytes() + 16 * state * shape_.part_vectors();
+#pragma unroll
+        for (int32_t i = 0; i < KvSoftmax<D>::kOutputs; ++i) {
+            const uint32_t rank = i / shape_.outputs, local = i % shape_.outputs;
+            const auto& o = softmax.o[i];
+            ptx::st_async(ptx::map_to_rank(slot + 16 * vector_of(local), rank), make_float4(o[0], o[1], o[2], o[3]),
+                          ptx::map_to_rank(barrier(epoch), rank));
         }
-        if (threadIdx.x % 32 == 0) {
-            const uint32_t tickets = epoch > 0 ? 4 * shape_.cluster : 0;
-            if (is_folder(epoch)) {
-                ptx::mbarrier_arrive_expect_tx(barrier(epoch), num_states(item) * 16 * shape_.part_vectors() + tickets);
-            } else {
-                ptx::mbarrier_arrive(barrier(epoch));
-            }
+        // Lane g of those that hold these two heads tells CTA g.
+        if (g < shape_.cluster) {
+            ptx::st_async(ptx::map_to_rank(slot + 16 * sums_vector(), g),
+                          make_float4(softmax.largest.x, softmax.largest.y, sum.x, sum.y),
+                          ptx::map_to_rank(barrier(epoch), g));
         }
     }
 
-    // The warp that folds an epoch, after its own push.
+    // All warps of the cluster, each epoch, in order, behind their push if they have any: `arrive`, but one of each CTA
+    // `fold`.
     __device__ bool is_folder(int32_t epoch) const {
         return static_cast<int32_t>(threadIdx.x / 32) == epoch % ATTN_WARPS;
     }
 
+    __device__ void arrive(int32_t epoch) const {
+        wait_before(epoch);
+        if (threadIdx.x % 32 == 0) {
+            ptx::mbarrier_arrive(barrier(epoch));
+        }
+    }
+
     __device__ void fold(const KvWalk& walk, int32_t epoch, const AttendedRows& rows) const {
-        wait(epoch);
         const int32_t lane = threadIdx.x % 32;
         const KvItem item = walk.item(epoch);
+        wait_before(epoch);
+        if (lane == 0) {
+            const uint32_t tickets = epoch > 0 ? 4 * shape_.cluster : 0;
+            ptx::mbarrier_arrive_expect_tx(barrier(epoch), num_states(item) * 16 * shape_.part_vectors() + tickets);
+        }
+        wait(epoch);
         const auto* slots = reinterpret_cast<const float4*>(slots_ + (epoch & 1) * shape_.slot_bytes());
         const int32_t stride = shape_.part_vectors(), mask = shape_.num_states - 1, first = item.first_tile;
         const auto state = [=](int32_t i, int32_t vector) { return slots[((first + i) & mask) * stride + vector]; };
-        if (item.num_nodes == 1) {
-            fold_states(state, num_states(item), [&](int32_t i, const float4& total, const float4& o) {
+        float4* partial = partial_of(rows, item, item.node);
+        fold_states(state, num_states(item), [&](int32_t i, const float4& total, const float4& o) {
+            if (item.num_nodes == 1) {
                 write_attended(rows, item, i, total, o);
-            });
-        } else {
-            float4* partial = partial_of(rows, item, item.node);
-            fold_states(state, num_states(item), [&](int32_t i, const float4& total, const float4& o) {
-                partial[vector_of(i)] = o;
-                if (i == 0 && lane < 4) {
-                    partial[sums_vector()] = total;
-                }
-            });
-        }
+                return;
+            }
+            partial[vector_of(i)] = o;
+            if (i == 0 && lane < 4) {
+                partial[sums_vector()] = total;
+            }
+        });
         __syncwarp();
         if (walk.has(epoch + 1) && lane < shape_.cluster) {
             const uint32_t ticket = tickets(epoch + 1) + 4 * ptx::cluster_rank();
@@ -122,31 +141,12 @@ class KvCombine {
     __device__ uint32_t tickets(int32_t epoch) const {
         return ptx::shared_address(slots_) + 2 * shape_.slot_bytes() + 32 * (epoch & 1);
     }
-    __device__ void wait(int32_t epoch) const { ptx::mbarrier_wait(barrier(epoch), epoch >> 1 & 1); }
-
-    __device__ void push_state(int32_t epoch, const KvSoftmax<D>& softmax, int32_t state) const {
-        const int32_t lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-        const float2 sum = reduce_rows(softmax.sum, false);
-        if (t >= shape_.lanes) {
-            return;
-        }
-        const uint32_t slot =
-            ptx::shared_address(slots_) + (epoch & 1) * shape_.slot_bytes() + 16 * state * shape_.part_vectors();
-        const int32_t vector = g * shape_.lanes + t;
-#pragma unroll
-        for (int32_t i = 0; i < KvSoftmax<D>::kOutputs; ++i) {
-            const uint32_t rank = i / shape_.outputs, local = i % shape_.outputs;
-            const auto& o = softmax.o[i];
-            ptx::st_async(ptx::map_to_rank(slot + 16 * (local * 8 * shape_.lanes + vector), rank),
-                          make_float4(o[0], o[1], o[2], o[3]), ptx::map_to_rank(barrier(epoch), rank));
-        }
-        // Lane g of those that hold these two heads tells CTA g.
-        if (g < shape_.cluster) {
-            ptx::st_async(ptx::map_to_rank(slot + 16 * (8 * shape_.outputs * shape_.lanes + t), g),
-                          make_float4(softmax.largest.x, softmax.largest.y, sum.x, sum.y),
-                          ptx::map_to_rank(barrier(epoch), g));
+    __device__ void wait_before(int32_t epoch) const {
+        if (epoch > 0) {
+            wait(epoch - 1);
         }
     }
+    __device__ void wait(int32_t epoch) const { ptx::mbarrier_wait(barrier(epoch), epoch >> 1 & 1); }
 
     // Vectors of this lane in a part: outputs i of two heads, and their (largest, largest, sum, sum).
     __device__ int32_t vector_of(int32_t i) const {
@@ -162,33 +162,56 @@ class KvCombine {
         return rows.partials + (part * shape_.cluster + ptx::cluster_rank()) * shape_.part_vectors();
     }
 
-    // Folds `count` states in order; read(i, vector) is a vector of state i. done(i, total, o) gets each of the part's
-    // outputs, not yet divided by the sums of `total`.
+    // Folds `count` states; read(i, vector) is a vector of state i. done(i, total, o) gets each of the part's outputs,
+    // not yet divided by the sums of `total`. Lane (g, t) weighs every eighth state for all lanes with its t.
     template <class Read, class Done>
     __device__ void fold_states(const Read& read, int32_t count, const Done& done) const {
-        if (static_cast<int32_t>(threadIdx.x % 4) >= shape_.lanes) {
-            return;
-        }
-        float4 total = make_float4(-INFINITY, -INFINITY, 0.0f, 0.0f);
-        for (int32_t i = 0; i < count; ++i) {
+        const int32_t g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+        const bool holds = t < shape_.lanes;
+        float2 top = make_float2(-INFINITY, -INFINITY);
+        for (int32_t i = g; i < count && holds; i += 8) {
             const float4 one = read(i, sums_vector());
-            total.x = fmaxf(total.x, one.x);
-            total.y = fmaxf(total.y, one.y);
+            top = make_float2(fmaxf(top.x, one.x), fmaxf(top.y, one.y));
         }
-        for (int32_t output = 0; output < shape_.outputs; ++output) {
-            float4 o = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        top = reduce_rows(top, true);
+#pragma unroll 1
+        for (int32_t output = 0; output < shape_.outputs; output += 2) {
+            const bool both = output + 1 < shape_.outputs;
             float2 sum = make_float2(0.0f, 0.0f);
+            float4 o = make_float4(0.0f, 0.0f, 0.0f, 0.0f), next = o;
+#pragma unroll 1
+            for (int32_t first = 0; first < count; first += 8) {
+                float2 weight = make_float2(0.0f, 0.0f);
+                if (first + g < count && holds) {
+                    const float4 one = read(first + g, sums_vector());
+                    weight = make_float2(ptx::exp2_approx(one.x - top.x), ptx::exp2_approx(one.y - top.y));
+                    sum = make_float2(sum.x + one.z * weight.x, sum.y + one.w * weight.y);
+                }
 #pragma unroll 4
-            for (int32_t i = 0; i < count; ++i) {
-                const float4 one = read(i, sums_vector()), part = read(i, vector_of(output));
-                const float x = ptx::exp2_approx(one.x - total.x), y = ptx::exp2_approx(one.y - total.y);
-                sum = make_float2(sum.x + one.z * x, sum.y + one.w * y);
-                o = make_float4(o.x + part.x * x, o.y + part.y * y, o.z + part.z * x, o.w + part.w * y);
+                for (int32_t i = 0; i < 8; ++i) {
+                    const float x = __shfl_sync(0xffffffffu, weight.x, 4 * i + t);
+                    const float y = __shfl_sync(0xffffffffu, weight.y, 4 * i + t);
+                    if (first + i < count && holds) {
+                        add_weighted(o, read(first + i, vector_of(output)), x, y);
+                        if (both) {
+                            add_weighted(next, read(first + i, vector_of(output + 1)), x, y);
+                        }
+                    }
+                }
             }
-            total.z = sum.x;
-            total.w = sum.y;
-            done(output, total, o);
+            sum = reduce_rows(sum, false);
+            const float4 total = make_float4(top.x, top.y, sum.x, sum.y);
+            if (holds) {
+                done(output, total, o);
+            }
+            if (holds && both) {
+                done(output + 1, total, next);
+            }
         }
+    }
+
+    __device__ static void add_weighted(float4& sum, const float4& o, float x, float y) {
+        sum = make_float4(sum.x + o.x * x, sum.y + o.y * y, sum.z + o.z * x, sum.w + o.w * y);
     }
 
     __device__ void write_attended(const AttendedRows& rows, const KvItem& item, int32_t i, const float4& total,
@@ -201,7 +224,8 @@ class KvCombine {
             *reinterpret_cast<uint32_t*>(to) = ptx::pack_bf16x2(o.x / total.z, o.z / total.z);
         }
         if (head + 1 < heads) {
-            *reinterpret_cast<uint32_t*>(to + x_bytes(rows.batch, D) / 2) = ptx::pack_bf16x2(o.y / total.w, o.w / total.w);
+            *reinterpret_cast<uint32_t*>(to + x_bytes(rows.batch, D) / 2) =
+                ptx::pack_bf16x2(o.y / total.w, o.w / total.w);
         }
     }
 

@@ -127,6 +127,7 @@ __device__ inline void complete_tile(unsigned char* slot, int32_t start, int32_t
                                      const float* newest, float scale, uint16_t* stored) {
     using Tile = KvTile<D>;
     constexpr int32_t kPieces = Tile::kRowBytes / 16;
+#pragma unroll 1 // seldom run
     for (int32_t i = threadIdx.x % 32; i < Tile::kTokens * kPieces; i += 32) {
         const int32_t token = i / kPieces, piece = i % kPieces;
         if (start + token >= begin && start + token < end - 1) {

@@ -47,20 +47,22 @@ struct WarpAttention {
     // `source` brings the KV pieces of the same walk, and then whatever comes after them.
     template <class Source>
     __device__ void run(const KvWalk& walk, Ring& ring, Source& source) const {
-        KvSoftmax<D> softmax;
         for (int32_t epoch = 0; walk.has(epoch); ++epoch) {
             const KvItem item = walk.item(epoch);
             const int32_t first = walk.first_tile(item, epoch, index);
             if (first < item.end_tile) {
+                KvSoftmax<D> softmax;
                 load_queries(softmax, item);
                 softmax.reset();
                 for (int32_t tile = first; tile < item.end_tile; tile += walk.work().num_states) {
                     take_tile(softmax, item, tile * Tile::kTokens, ring, source);
                 }
+                combine.push(epoch, softmax, first);
             }
-            combine.push(item, epoch, softmax, first < item.end_tile ? first : -1);
             if (combine.is_folder(epoch)) {
                 combine.fold(walk, epoch, rows);
+            } else {
+                combine.arrive(epoch);
             }
         }
     }

@@ -17,6 +17,7 @@ class Ring {
 
     // One lane; then fence_mbarrier_init and a barrier.
     __device__ void init() const {
+#pragma unroll 1
         for (uint32_t stage = 0; stage < stages_; ++stage) {
             ptx::mbarrier_init(barriers_ + 8 * stage, 1);
         }

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from fuseline.tests.kernels.cuda.emulation import CUDA, Array, Emulation, aligne
 
 EPS = 1e-5
 NAN = 0x7FC1
+OPPOSED = 4.0
 
 
 @dataclass(frozen=True)
@@ -30,21 +32,23 @@ class Model:
     window: int = 0
     norms: bool = False
     bias: bool = False
+    opposed: bool = False  # a bias makes queries point away from keys: all scores are far below zero
 
     @property
     def rows(self) -> int:
         return (self.heads + 2 * self.kv_heads) * self.dim
 
-    def draw(self, name: str, *shape: int, scale: float = 1.0, mean: float = 0.0) -> Array:
+    def draw(self, name: str, *shape: int, scale: float = 1.0, mean: float | Array = 0.0) -> Array:
         rng = np.random.default_rng([len(name), *name.encode(), *shape])
         return to_bf16((mean + scale * rng.standard_normal(shape)).astype(np.float32))
 
     def weights(self) -> dict[str, Array]:
         """bf16 bit patterns, row-major."""
+        towards = np.repeat([1, -1, 0], [n * self.dim for n in (self.heads, self.kv_heads, self.kv_heads)])
         return {
             "norm": self.draw("norm", self.hidden, scale=0.2, mean=1.0),
             "qkv": self.draw("qkv", self.rows, self.hidden, scale=self.hidden**-0.5),
-            "qkv_bias": self.draw("qkv_bias", self.rows, scale=0.5),
+            "qkv_bias": self.draw("qkv_bias", self.rows, scale=0.5, mean=self.opposed * OPPOSED * towards),
             "q_norm": self.draw("q_norm", self.dim, scale=0.3, mean=1.0),
             "k_norm": self.draw("k_norm", self.dim, scale=0.3, mean=1.0),
             "out": self.draw("out", self.hidden, self.heads * self.dim, scale=(self.heads * self.dim) ** -0.5),
@@ -68,11 +72,24 @@ class Row:
 
     def history(self, model: Model) -> Array:
         """bf16 [2, K, context - 1, D]."""
-        return to_bf16(self.draw(2, 2, model.kv_heads, self.context - 1, model.dim))
+        history = self.draw(2, 2, model.kv_heads, max(self.context - 1, 0), model.dim)
+        if model.opposed:
+            cos, sin = self.rotary(model.dim)
+            history[0] -= OPPOSED * np.concatenate((cos - sin, cos + sin))
+        return to_bf16(history)
 
     def rotary(self, dim: int) -> tuple[Array, Array]:
         angles = (self.context - 1) * 10000.0 ** (-2 * np.arange(dim // 2) / dim)
         return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How the block is spread over the emulated GPU."""
+
+    cluster: int = 2
+    num_clusters: int = 2
+    stages: int = 3
 
 
 @dataclass(frozen=True)
@@ -121,9 +138,7 @@ def run(
     rows: Sequence[Row],
     *,
     seed: int,
-    cluster: int = 2,
-    num_clusters: int = 2,
-    stages: int = 3,
+    launch: Launch = Launch(),
     repeats: int = 1,
     with_delta: bool = True,
 ) -> Result:
@@ -157,7 +172,7 @@ def run(
         window=model.window,
         scale=model.dim**-0.5,
         eps=EPS,
-        launch=header.structs["fl_launch"](cluster=cluster, num_clusters=num_clusters, stages=stages, dependent=1),
+        launch=header.structs["fl_launch"](**asdict(launch), dependent=1),
         num_blocks=cache.shape[1],
         residual=emulation.input("residual", np.stack([stream[0] for stream in streams])),
         delta=emulation.input("delta", np.stack([stream[1] for stream in streams])) if with_delta else None,
@@ -185,9 +200,8 @@ def run(
         assert functions.fl_cuda_attention_block(ctypes.byref(args)) == 0
     emulation.run()
 
-    places = [
-        (tables[i, (row.context - 1) // model.block], (row.context - 1) % model.block) for i, row in enumerate(rows)
-    ]
+    newest = [max(row.context - 1, 0) for row in rows]
+    places = [(table[token // model.block], token % model.block) for table, token in zip(tables, newest, strict=True)]
     appended = np.stack([cache[:, block, :, offset] for block, offset in places])
     for block, offset in places:
         before[:, block, :, offset] = cache[:, block, :, offset]
@@ -197,7 +211,7 @@ def run(
 
 def filled_cache(model: Model, rows: Sequence[Row], rng: np.random.Generator) -> tuple[Array, Array]:
     """[2, blocks, K, block, D] and [B, W]; every row's history in blocks of its own, what no query may see is NaN."""
-    counts = [-(-row.context // model.block) for row in rows]
+    counts = [max(-(-row.context // model.block), 1) for row in rows]
     blocks = iter(rng.permutation(sum(counts) + 3))
     cache = aligned((2, sum(counts) + 3, model.kv_heads, model.block, model.dim), np.uint16)
     cache[...] = NAN
@@ -225,22 +239,95 @@ def some_rows(*contexts: int) -> list[Row]:
 
 WIDE = Model(dim=128, block=64)
 CASES = [
-    (Model(), (1,), {"cluster": 4}),
-    (Model(), (15, 16, 17, 63, 64, 65), {}),
-    (WIDE, (16, 1, 127), {"cluster": 4}),
-    (WIDE, (63, 64, 65, 300), {"stages": 2}),
-    (replace(WIDE, block=16, norms=True, bias=True), (1, 33), {"num_clusters": 3}),
-    (Model(heads=4, kv_heads=4, block=64, bias=True), (7, 90), {"cluster": 1}),
-    (Model(heads=8, kv_heads=1, norms=True), (40, 2), {"cluster": 4, "num_clusters": 1}),
-    (Model(heads=11, kv_heads=1, dim=64), (70, 130), {}),
-    (Model(heads=2, kv_heads=2, dim=128, window=20), (19, 20, 21, 100), {}),
-    (Model(window=33, block=64), (300, 5), {"cluster": 4}),
-    (Model(heads=2, kv_heads=1), (1025, 2100), {"cluster": 4}),
-    (Model(heads=2, kv_heads=1), tuple(range(1, 18)), {}),
+    (Model(), (1,), Launch(cluster=4)),
+    (Model(), (15, 16, 17, 63, 64, 65), Launch()),
+    (WIDE, (16, 1, 127), Launch(cluster=4)),
+    (WIDE, (63, 64, 65, 300), Launch(stages=2)),
+    (replace(WIDE, block=16, norms=True, bias=True), (1, 33), Launch(cluster=8, num_clusters=1)),
+    (Model(heads=4, kv_heads=4, block=64, bias=True), (7, 90), Launch(cluster=1, num_clusters=3)),
+    (Model(heads=8, kv_heads=1, norms=True), (40, 2), Launch(cluster=4, num_clusters=1)),
+    (Model(heads=11, kv_heads=1, block=32), (70, 130), Launch()),
+    (Model(heads=2, kv_heads=2, dim=128, window=20), (19, 20, 21, 100), Launch()),
+    (Model(window=33, block=64), (300, 5), Launch(cluster=4)),
+    (Model(heads=2, kv_heads=1), (1025, 2100), Launch(cluster=4)),
+    (Model(heads=2, kv_heads=1), tuple(range(1, 18)), Launch(num_clusters=1)),
 ]
 
 
 @pytest.mark.parametrize(("model", "contexts", "launch"), CASES)
-def test_matches_float64(model: Model, contexts: tuple[int, ...], launch: dict[str, int]) -> None:
+def test_matches_float64(model: Model, contexts: tuple[int, ...], launch: Launch) -> None:
     rows = some_rows(*contexts)
-    check(model, rows, run(model, rows, seed=len(contexts), **launch))
+    check(model, rows, run(model, rows, seed=len(contexts), launch=launch))
+
+
+def test_more_than_16_nodes_become_longer_nodes() -> None:
+    model = Model(heads=2, kv_heads=1, block=64)
+    rows = [Row(16 * 1024 + 70)]
+    check(model, rows, run(model, rows, seed=0, launch=Launch(4)))
+
+
+def test_scores_far_below_zero() -> None:
+    model = Model(bias=True, opposed=True)
+    rows = some_rows(1, 150, 20)
+    check(model, rows, run(model, rows, seed=0))
+
+
+def same(first: Result, second: Result, rows: Sequence[int], others: Sequence[int]) -> None:
+    np.testing.assert_array_equal(first.delta[list(rows)], second.delta[list(others)])
+    np.testing.assert_array_equal(first.appended[list(rows)], second.appended[list(others)])
+
+
+@pytest.mark.parametrize("model", [Model(norms=True, bias=True), replace(WIDE, window=90)])
+def test_a_row_is_the_same_in_any_batch_order_and_grid(model: Model) -> None:
+    rows = some_rows(300, 1, 77, 16, 1100, 48, 5, 9, 130)
+    together = run(model, rows, seed=0)
+    check(model, rows, together)
+    for seed, (num_clusters, stages) in enumerate([(1, 2), (3, 1), (5, 4)]):
+        other = run(model, rows, seed=10 + seed, launch=Launch(2, num_clusters, stages))
+        same(other, together, range(9), range(9))
+    for row in (0, 4, 8):
+        same(run(model, [rows[row]], seed=row), together, [0], [row])
+    same(run(model, [rows[8], rows[4]], seed=20, launch=Launch(2, 3)), together, [0, 1], [8, 4])
+    many = [*(replace(rows[i % 9], number=50 + i) for i in range(8)), rows[0], rows[2], *rows[5:9], *rows[1:4]]
+    same(run(model, many, seed=21), together, [8, 9, *range(10, 17)], [0, 2, *range(5, 9), *range(1, 4)])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_launches_one_after_another_on_the_same_workspace(seed: int) -> None:
+    model = Model(heads=2, kv_heads=1, dim=128 if seed % 2 else 64)
+    rows = some_rows(1030, 40, 2)
+    once = run(model, rows, seed=100, launch=Launch(4), with_delta=False)
+    same(run(model, rows, seed=seed, launch=Launch(4), with_delta=False, repeats=2), once, range(3), range(3))
+
+
+def test_a_row_without_context_is_padding() -> None:
+    rows = some_rows(20, 0, 33)
+    result = run(Model(), rows, seed=3)
+    same(result, run(Model(), [rows[0], rows[2]], seed=4), [0, 2], [0, 1])
+    assert (result.appended[1] == NAN).all()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"version": 0},
+        {"batch": 65},
+        {"head_dim": 96},
+        {"num_heads": 3},
+        {"block_size": 24},
+        {"block_size": 4},
+        {"hidden": 100},
+        {"window": -1},
+        {"launch": {"cluster": 3, "num_clusters": 1, "stages": 2}},
+        {"launch": {"cluster": 8, "num_clusters": 1, "stages": 2}},
+        {"launch": {"cluster": 2, "num_clusters": 1, "stages": 0}},
+    ],
+)
+def test_refuses_what_it_was_not_made_for(wrong: dict[str, Any]) -> None:
+    header = read_headers(CUDA / "api.h")
+    sizes = {"batch": 1, "hidden": 256, "num_heads": 4, "num_kv_heads": 2, "head_dim": 64, "block_size": 16}
+    fields = {"version": header.constants["FL_CUDA_API"], **sizes, "table_width": 1, **wrong}
+    launch = fields.pop("launch", {"cluster": 2, "num_clusters": 1, "stages": 2})
+    args = header.structs["fl_attention_args"](**fields, launch=header.structs["fl_launch"](**launch))
+    functions = ctypes.CDLL(str(build_kernels("emulated-attention", CUDA / "attention_block.cu")))
+    assert functions.fl_cuda_attention_block(ctypes.byref(args)) != 0
