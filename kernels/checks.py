@@ -10,6 +10,7 @@ import torch
 from .errors import KernelArgumentError
 from .quantized import QuantizedWeight
 from .reference.attention_plan import AttentionPlan, KvGeometry
+from .stacked import StackedWeight
 from .types import FLOAT_DTYPES, StepMetadata, Weight
 
 Tensor = torch.Tensor
@@ -42,8 +43,9 @@ def check_last(name: str, x: Tensor, weight: Tensor) -> None:
 def check_linear(name: str, x: Tensor, weight: Weight) -> None:
     """``x`` [..., in] for a weight [out, in]: of its dtype, or of any float type if it is quantised."""
     if not isinstance(weight, QuantizedWeight):
-        check_dims("weight", weight, 2)
-        check_last(name, x, weight)
+        part = weight.parts[0] if isinstance(weight, StackedWeight) else weight
+        check_dims("weight", part, 2)
+        check_last(name, x, part)
     elif x.shape[-1] != weight.cols or x.device != weight.device or x.dtype not in FLOAT_DTYPES:
         raise KernelArgumentError(f"{name} {describe(x)} does not fit a weight {weight.shape} of int{weight.bits}")
 

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from .errors import KernelArgumentError
 from .quantized import QuantizedWeight
+from .stacked import StackedWeight
 
 Tensor = torch.Tensor
-Weight = Tensor | QuantizedWeight
+Weight = Tensor | StackedWeight | QuantizedWeight
 """A linear layer's matrix [out, in]."""
 FLOAT_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
@@ -165,14 +166,14 @@ class MlpWeights:
 
 
 def float_weight(weight: Weight) -> Tensor:
-    """A weight that is not quantised, for kernels that take no others.
+    """A weight that is not quantised, in one piece, for kernels that take no others; a stack is copied.
 
     Raises:
         KernelArgumentError: it is quantised.
     """
     if isinstance(weight, QuantizedWeight):
         raise KernelArgumentError(f"expected a float weight, got one of int{weight.bits}")
-    return weight
+    return torch.cat(weight.parts) if isinstance(weight, StackedWeight) else weight
 
 
 def _check_weights(weights: object, expected: dict[str, tuple[int, ...]], like: Tensor) -> None:
@@ -182,7 +183,9 @@ def _check_weights(weights: object, expected: dict[str, tuple[int, ...]], like: 
             continue
         if tuple(tensor.shape) != shape:
             raise KernelArgumentError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
-        if isinstance(tensor, Tensor) and (tensor.dtype != like.dtype or tensor.dtype not in FLOAT_DTYPES):
+        if not isinstance(tensor, QuantizedWeight) and (
+            tensor.dtype != like.dtype or tensor.dtype not in FLOAT_DTYPES
+        ):
             raise KernelArgumentError(f"{name} is {tensor.dtype}, expected {like.dtype}, one of the float types")
         if tensor.device != like.device:
             raise KernelArgumentError(f"{name} is on {tensor.device}, expected {like.device}")

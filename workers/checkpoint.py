@@ -1,7 +1,7 @@
-"""A checkpoint on disk: one safetensors file, or several with an index. Reads slices, never a whole file.
+"""A checkpoint on disk: one safetensors file, or several with an index. Reads slices, or maps them where they lie.
 
-Headers are read and checked here before safetensors maps a file: a truncated file that is mapped would kill the
-process on first touch instead of raising.
+Headers are read and checked here before a file is mapped: a truncated file that is mapped would kill the process on
+first touch instead of raising.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..runtime.errors import ModelFormatError, NotFoundError
+from .mapped_file import MappedFile
 from .models.config_fields import ConfigFields
 
 SINGLE_FILE = "model.safetensors"
@@ -29,7 +30,8 @@ MAX_HEADER_BYTES = 100 * 2**20
 READ_BYTES = 32 * 2**20
 REMAP_BYTES = 256 * 2**20
 DTYPE_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I8": 1, "I32": 4, "I64": 8}
-FLOATS = ("F32", "BF16", "F16")
+TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+FLOATS = tuple(TORCH_DTYPES)
 
 # A file up to this size is hashed whole; of a larger one, HASH_SAMPLES pieces of HASH_PIECE_BYTES at equal distances.
 HASH_WHOLE_BYTES = 64 * 2**20
@@ -39,11 +41,16 @@ HASH_PIECE_BYTES = 4096
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """What a header says of a tensor: where it is, and safetensors' name of its dtype."""
+    """What a header says of a tensor: where it is, and safetensors' name of its dtype.
+
+    Attributes:
+        offset: of its first byte in the file.
+    """
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    offset: int
 
     @property
     def num_bytes(self) -> int:
@@ -78,6 +85,7 @@ class Checkpoint:
     def __init__(self, path: Path) -> None:
         self._current: tuple[Path, Any] | None = None  # safetensors' handles are untyped
         self._mapped_bytes = 0
+        self._files: dict[Path, MappedFile] = {}
         self.tensors: dict[str, TensorInfo] = {}
         single = path / SINGLE_FILE
         if single.exists():
@@ -101,6 +109,38 @@ class Checkpoint:
             ModelFormatError: as ``check_tensor`` does.
         """
         return self.check_tensor(wanted.name, wanted.shape, FLOATS)
+
+    def view(self, wanted: TensorSlice, dtype: torch.dtype) -> torch.Tensor | None:
+        """A slice where it lies, or None if it is stored in another dtype or where elements are not aligned.
+
+        The mapping lives as long as its views, and is shared with other processes that map the file. Never write to a
+        view. The rows of a slice of columns lie apart.
+
+        Raises:
+            ModelFormatError: as ``check`` does.
+        """
+        info = self.check(wanted)
+        if TORCH_DTYPES[info.dtype] != dtype:
+            return None
+        whole = self._map(info.file).view(info.offset, info.shape, dtype)
+        return None if whole is None else whole.narrow(wanted.dim, wanted.start, wanted.end - wanted.start)
+
+    def extent(self, wanted: TensorSlice) -> tuple[int, int]:
+        """Where in its file the bytes of a slice begin and end; of columns, those of the whole tensor."""
+        info = self.check(wanted)
+        if wanted.dim == 1 or not wanted.num_elements:
+            return info.offset, info.offset + info.num_bytes
+        row_bytes = info.num_bytes // info.shape[0]
+        return info.offset + wanted.start * row_bytes, info.offset + wanted.end * row_bytes
+
+    def populate(self, wanted: TensorSlice) -> Iterator[int]:
+        """Bring the extent of a slice that was viewed into memory, in pieces; yields the bytes of each."""
+        return self._map(self.check(wanted).file).populate(*self.extent(wanted))
+
+    def _map(self, path: Path) -> MappedFile:
+        if path not in self._files:
+            self._files[path] = MappedFile(path)
+        return self._files[path]
 
     def check_tensor(self, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> TensorInfo:
         """What the header says of a tensor.
@@ -265,7 +305,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     for name, entry in header.items():
         if name == "__metadata__":
             continue
-        tensors[name], end = _parse_entry(path, name, entry)
+        tensors[name], end = _parse_entry(path, name, entry, 8 + length)
         data_bytes = max(data_bytes, end)
     if 8 + length + data_bytes != size:
         raise ModelFormatError(
@@ -276,13 +316,13 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _parse_entry(path: Path, name: str, entry: object) -> tuple[TensorInfo, int]:
-    """A tensor's description, and where its bytes end."""
+def _parse_entry(path: Path, name: str, entry: object, data_start: int) -> tuple[TensorInfo, int]:
+    """A tensor's description, and where its bytes end, counted from the start of all data."""
     match entry:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(start), int(end)]} if all(
             type(size) is int and size >= 0 for size in shape
         ):
             expected = math.prod(shape) * DTYPE_BYTES.get(dtype, 0)
             if 0 <= start <= end and (dtype not in DTYPE_BYTES or end - start == expected):
-                return TensorInfo(path, dtype, tuple(shape)), end
+                return TensorInfo(path, dtype, tuple(shape), data_start + start), end
     raise ModelFormatError(f"{path}: malformed header entry for tensor {name}: {entry!r}", file=path, tensor=name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -148,6 +149,9 @@ def load_model(
 ) -> DecoderModel:
     """Load what ``rank`` holds; of every tensor only the rank's own slice is read.
 
+    On a CPU, matrices that are stored in ``dtype`` are not copied but mapped, and shared by all processes that map
+    the file. It must stay as it is while the model lives.
+
     Args:
         dtype: "float32", "bfloat16" or "float16"; floats stored otherwise are converted.
         progress: called with the bytes read so far and the bytes this rank will have read.
@@ -160,13 +164,18 @@ def load_model(
     with Checkpoint(path) as checkpoint, _quantized_memory(path, checkpoint, config, parallel, rank, held) as arena:
         _refuse_unknown(checkpoint, config, held)
         allocate = arena.allocate if arena is not None else None
-        layout = WeightLayout(config, parallel, rank, parse_dtype(dtype), device, held, allocate)
+        view = partial(checkpoint.view, dtype=parse_dtype(dtype)) if device.type == "cpu" else None
+        layout = WeightLayout(config, parallel, rank, parse_dtype(dtype), device, held, allocate, view)
         infos = {id(piece): checkpoint.check(piece.source) for piece in layout.pieces}
         sizes = [piece.check(checkpoint) for piece in layout.quantized]
         if arena is not None and arena.filled:
             layout.quantized, sizes = [], []
         total = sum(piece.source.num_elements * DTYPE_BYTES[infos[id(piece)].dtype] for piece in layout.pieces)
+        total += sum(end - start for start, end in map(checkpoint.extent, layout.viewed))
         report = _Report(total + sum(sizes), progress)
+        for source in layout.viewed:
+            for read in checkpoint.populate(source):
+                report.add(read)
         for piece in sorted(layout.pieces, key=lambda piece: infos[id(piece)].file):
             for read in checkpoint.read(piece.source, piece.out):
                 report.add(read)

@@ -8,10 +8,12 @@ vocabulary rows. A pipeline stage holds its own layers; the first also the embed
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 
+from ..kernels.stacked import StackedWeight
 from ..kernels.types import AttentionSpec, AttentionWeights, MlpWeights, Weight
 from ..runtime.errors import ModelFormatError
 from ..runtime.sharding import ParallelConfig, check_shardable, kv_range, split_evenly, vocab_range
@@ -22,6 +24,7 @@ from .quantization.pieces import Allocate, Part, QuantizedPiece, new_piece
 from .quantization.sources import Module
 
 Tensor = torch.Tensor
+View = Callable[[TensorSlice], Tensor | None]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -65,17 +68,20 @@ class WeightPiece:
 
 
 class WeightLayout:
-    """Allocates a rank's weights, uninitialised, and lists the pieces that fill them completely.
+    """Maps a rank's weights or allocates them, uninitialised, and lists the pieces that fill these completely.
 
     Args:
         quantization: of the linear layers; None for floats.
         allocate: makes the tensors of quantised weights, asked in an order that depends on the arguments alone; None
             makes them as all others.
+        view: of float matrices, where they can be used as they are stored; asked before anything is allocated for
+            them. None to allocate everything.
 
     Attributes:
         weights: to be filled.
         pieces: disjoint slices to read, in no particular order.
         quantized: quantised weights to read.
+        viewed: the slices that ``view`` gave.
 
     Raises:
         ModelFormatError: the model cannot be cut so.
@@ -90,6 +96,7 @@ class WeightLayout:
         device: torch.device,
         quantization: Quantization | None = None,
         allocate: Allocate | None = None,
+        view: View | None = None,
     ) -> None:
         check_shardable(config.shape(), parallel)
         self._config = config
@@ -103,6 +110,8 @@ class WeightLayout:
         self._kv = kv_range(config.shape(), parallel, rank)
         self.pieces: list[WeightPiece] = []
         self.quantized: list[QuantizedPiece] = []
+        self.viewed: list[TensorSlice] = []
+        self._view = view
         self.weights = self._layout(is_last=self._pp_rank == parallel.pipeline_parallel_size - 1)
 
     def _layout(self, is_last: bool) -> DecoderWeights:
@@ -196,7 +205,9 @@ class WeightLayout:
 
     def _vocab_shard(self, name: str, start: int, end: int) -> Tensor:
         shape = (self._config.vocab_size, self._config.hidden_size)
-        return self._add(self._empty(end - start, shape[1]), TensorSlice(name, shape, 0, start, end))
+        source = TensorSlice(name, shape, 0, start, end)
+        views = self._views([source])
+        return views[0] if views else self._add(self._empty(end - start, shape[1]), source)
 
     def _linear(self, parts: list[tuple[str, int, int, int]], columns: tuple[int, int, int]) -> Weight:
         """Slices of several layers, given as (module, rows in all, start, end), one under the other.
@@ -209,10 +220,26 @@ class WeightLayout:
             stack = tuple(Part(Module(module, rows, total), first, last) for module, rows, first, last in parts)
             return self._quantized(form, stack, (start, end))
         if end - start == total:
+            sources = [TensorSlice(f"{name}.weight", (rows, total), 0, *span) for name, rows, *span in parts]
+        else:
+            ((module, rows, _, _),) = parts
+            sources = [TensorSlice(f"{module}.weight", (rows, total), 1, start, end)]
+        views = self._views(sources)
+        if views:
+            return views[0] if len(views) == 1 else StackedWeight(tuple(views))
+        if end - start == total:
             return self._stacked(parts, "weight", total)
-        ((module, rows, _, _),) = parts
-        source = TensorSlice(f"{module}.weight", (rows, total), 1, start, end)
-        return self._add(self._empty(rows, end - start), source)
+        return self._add(self._empty(rows, end - start), sources[0])
+
+    def _views(self, sources: list[TensorSlice]) -> list[Tensor]:
+        """The slices where they are stored; none if not all can be had."""
+        if self._view is None:
+            return []
+        views = [view for source in sources if (view := self._view(source)) is not None]
+        if len(views) < len(sources):
+            return []
+        self.viewed += sources
+        return views
 
     def _format(self, modules: list[str]) -> LinearFormat | None:
         """The format that layers have in common."""

@@ -18,9 +18,10 @@ import torch
 from ..checks import check_step, describe
 from ..errors import KernelArgumentError
 from ..exchange import NativeAllReduce
+from ..stacked import StackedWeight
 from ..types import AttentionSpec, AttentionWeights, MlpWeights, StepMetadata, Weight
 from .linear import DTYPES, LinearWeight, describe_weight
-from .structures import NativeLayer, NativeModel, NativeStep
+from .structures import MAX_GATE_UP_PARTS, MAX_QKV_PARTS, NativeLayer, NativeModel, NativeStep
 
 Tensor = torch.Tensor
 _FAILURES = {
@@ -234,12 +235,19 @@ class CpuDecoder:
             window=spec.sliding_window or 0,
             scale=spec.scale,
             eps=spec.eps,
-            num_qkv=1,
-            num_gate_up=1,
         )
-        native.qkv[0] = self._weight(attention.qkv, attention.qkv_bias)
-        native.gate_up[0] = self._weight(mlp.gate_up, mlp.gate_up_bias)
+        qkv = self._parts(attention.qkv, attention.qkv_bias, MAX_QKV_PARTS)
+        gate_up = self._parts(mlp.gate_up, mlp.gate_up_bias, MAX_GATE_UP_PARTS)
+        native.num_qkv, native.qkv[: len(qkv)] = len(qkv), qkv
+        native.num_gate_up, native.gate_up[: len(gate_up)] = len(gate_up), gate_up
         return native
+
+    def _parts(self, weight: Weight, bias: Tensor | None, most: int) -> list[LinearWeight]:
+        if not isinstance(weight, StackedWeight):
+            return [self._weight(weight, bias)]
+        if len(weight.parts) > most:
+            raise KernelArgumentError(f"a weight of {len(weight.parts)} parts where there is room for {most}")
+        return [self._weight(*part) for part in zip(weight.parts, weight.split(bias), strict=True)]
 
     def _weight(self, weight: Weight, bias: Tensor | None = None) -> LinearWeight:
         if bias is not None:

@@ -9,6 +9,7 @@ import torch
 
 from ..errors import KernelArgumentError
 from ..quantized import QuantizedWeight
+from ..stacked import StackedWeight
 from ..types import Weight
 
 Tensor = torch.Tensor
@@ -39,13 +40,15 @@ def describe_weight(weight: Weight, bias: Tensor | None = None) -> LinearWeight:
     """A weight for the native code.
 
     Args:
-        weight: float32, bfloat16 or float16 [rows, cols], whose rows may lie apart, elements of a row may not; or
-            quantised, whose ``order`` names columns that there are.
+        weight: in one piece: float32, bfloat16 or float16 [rows, cols], whose rows may lie apart, elements of a row
+            may not; or quantised, whose ``order`` names columns that there are.
         bias: float32[rows], contiguous.
 
     Raises:
         KernelArgumentError: it is none of this.
     """
+    if isinstance(weight, StackedWeight):
+        raise KernelArgumentError(f"a weight of {len(weight.parts)} parts where there is room for one")
     described = _quantized(weight) if isinstance(weight, QuantizedWeight) else _float(weight)
     if bias is not None:
         rows = described.rows

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from ..quantized import QuantizedWeight
+from ..stacked import StackedWeight
 from ..types import Weight
 from . import quantized
 
@@ -43,6 +44,8 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """See ``ops.linear``."""
     if isinstance(weight, QuantizedWeight):
         return quantized.linear(x, weight, bias).to(x.dtype)
+    if isinstance(weight, StackedWeight):
+        return torch.cat([F.linear(x, *part) for part in zip(weight.parts, weight.split(bias), strict=True)], -1)
     return F.linear(x, weight, bias)
 
 

@@ -16,15 +16,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fuseline.collectives.communicator import GroupCommunicators, SoloCommunicator
-from fuseline.kernels.types import float_weight
+from fuseline.kernels.stacked import StackedWeight
+from fuseline.kernels.types import Weight, float_weight
 from fuseline.runtime.config import CacheConfig, EngineConfig
 from fuseline.runtime.errors import InvalidArgumentError, ModelFormatError, NotFoundError
 from fuseline.runtime.sharding import ParallelConfig
 from fuseline.tests.checkpoints import build_model, edit_config, reference_logits, write_checkpoint
 from fuseline.tests.workers.models.driver import Driver, Sequence, run_group
 from fuseline.workers import checkpoint as checkpoint_module
-from fuseline.workers import loader
+from fuseline.workers import loader, mapped_file
 from fuseline.workers.loader import load_model, model_info, resolve_model
+from fuseline.workers.mapped_file import MappedFile
 from fuseline.workers.models.decoder import DecoderModel
 from fuseline.workers.models.registry import load_model_config
 
@@ -43,7 +45,9 @@ def held_elements(model: DecoderModel) -> int:
     tensors: list[object] = [weights.embedding, weights.norm, weights.head]
     for layer in weights.layers:
         for block in (layer.attention, layer.mlp):
-            tensors += [getattr(block, name) for name in block.__slots__]
+            for name in block.__slots__:
+                weight = getattr(block, name)
+                tensors += weight.parts if isinstance(weight, StackedWeight) else [weight]
     return sum({id(tensor): tensor.numel() for tensor in tensors if isinstance(tensor, torch.Tensor)}.values())
 
 
@@ -79,12 +83,12 @@ def read_from_disk(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("shards", ["5GB", "40KB"])
+@pytest.mark.parametrize("shards", ["5GB", "20KB"])
 def test_each_rank_reads_its_own_slices_only(
     tied: bool, shards: str, tmp_path: Path, read_from_disk: Counter[str]
 ) -> None:
     model = build_model("llama", num_hidden_layers=4, tie_word_embeddings=tied, mlp_bias=True, attention_bias=True)
-    write_checkpoint(tmp_path, model, max_shard_size=shards)
+    write_checkpoint(tmp_path, model, dtype=torch.bfloat16, max_shard_size=shards)  # converted, so not mapped
     assert len(list(tmp_path.glob("*.safetensors"))) > 1 or shards == "5GB"
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     parallel = ParallelConfig(2, 2)
@@ -105,7 +109,7 @@ def test_each_rank_reads_its_own_slices_only(
 def test_kv_heads_are_replicated_when_there_are_fewer_than_ranks(
     tmp_path: Path, read_from_disk: Counter[str]
 ) -> None:
-    write_checkpoint(tmp_path, build_model("llama"))
+    write_checkpoint(tmp_path, build_model("llama"), dtype=torch.bfloat16)
     load(tmp_path, ParallelConfig(4), 3)
     assert read_from_disk["model.layers.0.self_attn.q_proj.weight"] == 16 * 64
     assert read_from_disk["model.layers.0.self_attn.k_proj.weight"] == 16 * 64
@@ -134,6 +138,70 @@ def test_progress_ends_at_the_total_and_pieces_are_small(tmp_path: Path, monkeyp
     assert min(steps) > 0
     assert max(steps) <= 1000
     assert held_elements(loaded) * 2 == total
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_weights_that_are_stored_as_they_run_are_mapped(dtype: str, tied: bool, tmp_path: Path) -> None:
+    model = build_model("llama", tie_word_embeddings=tied)
+    write_checkpoint(tmp_path, model, dtype=getattr(torch, dtype), max_shard_size="5GB" if tied else "40KB")
+    files = {path.stat().st_size for path in tmp_path.glob("*.safetensors")}
+    state = {name: tensor.to(getattr(torch, dtype)) for name, tensor in model.state_dict().items()}
+    ranks = [load(tmp_path, ParallelConfig(2), rank, dtype).weights for rank in range(2)]
+    for name, dim, weights in (
+        ("model.embed_tokens", 0, [rank.embedding for rank in ranks]),
+        ("lm_head", 0, [rank.head for rank in ranks]),
+        ("model.layers.1.self_attn.o_proj", 1, [rank.layers[1].attention.out for rank in ranks]),
+        ("model.layers.1.mlp.down_proj", 1, [rank.layers[1].mlp.down for rank in ranks]),
+        ("model.layers.1.mlp.up_proj", 0, [part(rank.layers[1].mlp.gate_up, 1) for rank in ranks]),
+        ("model.layers.1.self_attn.k_proj", 0, [part(rank.layers[1].attention.qkv, 1) for rank in ranks]),
+    ):
+        tensors = [weight for weight in weights if isinstance(weight, torch.Tensor)]
+        assert {tensor.untyped_storage().nbytes() for tensor in tensors} <= files  # the storage is a file
+        assert torch.equal(torch.cat(tensors, dim), state[f"{name}.weight"]), name
+
+
+def part(weight: Weight, index: int) -> torch.Tensor:
+    assert isinstance(weight, StackedWeight)
+    return weight.parts[index]
+
+
+def test_mapping_reports_its_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mapped_file, "POPULATE_BYTES", 3000)
+    model = build_model("qwen3")
+    write_checkpoint(tmp_path, model)
+    seen: list[tuple[int, int]] = []
+    config = load_model_config(tmp_path)
+    load_model(tmp_path, config, "float32", CPU, ALONE, 0, SOLO, lambda *progress: seen.append(progress))
+    total = 4 * sum(parameter.numel() for parameter in model.parameters())
+    assert seen[-1] == (total, total)
+    steps = [after[0] - before[0] for before, after in zip([(0, 0), *seen], seen, strict=False)]
+    assert 0 < min(steps) <= max(steps) == 3000
+
+
+def test_an_older_kernel_maps_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(range(256)) * 100)
+    monkeypatch.setattr(mapped_file, "MADV_POPULATE_READ", 9999)
+    mapped = MappedFile(path)
+    assert list(mapped.populate(5, 20_000)) == [19_995]
+    view = mapped.view(2, (2, 3), torch.int16)
+    assert view is not None
+    assert view.tolist() == [[0x302, 0x504, 0x706], [0x908, 0xB0A, 0xD0C]]
+    assert mapped.view(3, (2, 3), torch.int16) is None
+
+
+def test_weights_that_are_not_aligned_in_the_file_are_read(tmp_path: Path) -> None:
+    model = build_model("llama")
+    write_checkpoint(tmp_path, model)
+    file = tmp_path / "model.safetensors"
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    file.write_bytes((length + 1).to_bytes(8, "little") + content[8 : 8 + length] + b" " + content[8 + length :])
+    down = load(tmp_path).weights.layers[2].mlp.down
+    assert isinstance(down, torch.Tensor)
+    assert torch.equal(down, model.state_dict()["model.layers.2.mlp.down_proj.weight"])
+    assert down.untyped_storage().nbytes() == down.nbytes
 
 
 @pytest.mark.parametrize("run", ["float32", "bfloat16", "float16"])
