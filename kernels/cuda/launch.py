@@ -19,8 +19,10 @@ from .library import CudaLibrary
 
 # In this order, the first at which the largest batch fits: few CTAs share an exchange, many share x.
 CLUSTERS = (4, 8, 2, 1)
-# Enough to keep the memory busy (see bytes_in_flight_needed); with less a batch is rather cut in two.
-MIN_STAGES = 3
+# Twice what keeps the memory busy (see bytes_in_flight_needed).
+MIN_STAGES = 2
+# Half a multiprocessor: the next block's CTA can start beside this one and fill its rings before this one ends.
+HALF_SHARED_BYTES = MULTIPROCESSOR_SHARED_BYTES // 2 - RESERVED_SHARED_BYTES
 # Of an H200, for choosing among launches; a wrong figure costs time, not results.
 BYTES_PER_S = 4.3e12
 LATENCY_S = 0.8e-6
@@ -34,6 +36,7 @@ class Launch:
     cluster: int
     num_clusters: int
     stages: int
+    max_shared_bytes: int
     max_batch: int
 
 
@@ -69,19 +72,19 @@ def plan_launch(library: CudaLibrary, problem: Problem, batch: int) -> Launch:
         LaunchError: the device cannot run it.
     """
     cluster, max_batch = _choose_cluster(library, problem)
-    taken = min(batch, max_batch)
-    budget = MULTIPROCESSOR_SHARED_BYTES // 2 - RESERVED_SHARED_BYTES
+    taken, budget = min(batch, max_batch), HALF_SHARED_BYTES
     stages = _most_stages(library, problem, taken, cluster, budget)
-    if stages < MIN_STAGES:  # not even half: one CTA gets all
-        stages = _most_stages(library, problem, taken, cluster, MAX_SHARED_BYTES)
-    resident = _limits(library, problem, taken, cluster, stages).max_clusters
+    if stages < MIN_STAGES:
+        budget = MAX_SHARED_BYTES
+        stages = _most_stages(library, problem, taken, cluster, budget)
+    resident = _limits(library, problem, taken, cluster, stages, budget).max_clusters
     if resident < 1:
         raise LaunchError(f"fl_cuda_{problem.name}: no cluster of {cluster} CTAs fits this device")
     num_clusters = min(
         range(max(1, resident // 2), resident + 1),
         key=lambda clusters: predicted_s(problem.phases, clusters, cluster, stages),
     )
-    return Launch(cluster, num_clusters, stages, max_batch)
+    return Launch(cluster, num_clusters, stages, budget, max_batch)
 
 
 def predicted_s(phases: Sequence[tuple[int, int]], num_clusters: int, cluster: int, stages: int) -> float:
@@ -103,9 +106,14 @@ def predicted_s(phases: Sequence[tuple[int, int]], num_clusters: int, cluster: i
     return total
 
 
-def shared_bytes(library: CudaLibrary, problem: Problem, batch: int, cluster: int, stages: int) -> int:
-    """Shared memory of a CTA, or more than there is where a launch is not possible; needs no driver."""
-    found: int = _limits(library, problem, batch, cluster, stages).shared_bytes
+def shared_bytes(
+    library: CudaLibrary, problem: Problem, batch: int, cluster: int, stages: int, budget: int = MAX_SHARED_BYTES
+) -> int:
+    """Shared memory of a CTA that may have ``budget``, as far as it has a choice; needs no driver.
+
+    More than there is where a launch is not possible.
+    """
+    found: int = _limits(library, problem, batch, cluster, stages, budget).shared_bytes
     return found or MAX_SHARED_BYTES + 1
 
 
@@ -124,15 +132,19 @@ def _most_stages(library: CudaLibrary, problem: Problem, batch: int, cluster: in
     fitting = (
         stages
         for stages in range(tiles()["MAX_STAGES"], 0, -1)
-        if shared_bytes(library, problem, batch, cluster, stages) <= budget
+        if shared_bytes(library, problem, batch, cluster, stages, budget) <= budget
     )
     return next(fitting, 0)
 
 
-def _limits(library: CudaLibrary, problem: Problem, batch: int, cluster: int, stages: int) -> ctypes.Structure:
+def _limits(
+    library: CudaLibrary, problem: Problem, batch: int, cluster: int, stages: int, budget: int
+) -> ctypes.Structure:
     """The library's answer; ``shared_bytes`` is filled in even where the device refuses."""
     args, limits = problem.arguments(batch), library.header.structs["fl_limits"]()
-    args.launch = library.header.structs["fl_launch"](cluster=cluster, num_clusters=1, stages=stages)
+    args.launch = library.header.structs["fl_launch"](
+        cluster=cluster, num_clusters=1, stages=stages, max_shared_bytes=budget
+    )
     library.call(f"fl_cuda_{problem.name}_limits", ctypes.byref(args), ctypes.byref(limits))
     return limits
 

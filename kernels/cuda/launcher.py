@@ -82,7 +82,11 @@ class Launcher:
     def _arguments(self, problem: Problem, batch: int, plan: Launch) -> ctypes.Structure:
         args = problem.arguments(batch)
         args.launch = self.library.header.structs["fl_launch"](
-            cluster=plan.cluster, num_clusters=plan.num_clusters, stages=plan.stages, dependent=1
+            cluster=plan.cluster,
+            num_clusters=plan.num_clusters,
+            stages=plan.stages,
+            dependent=1,
+            max_shared_bytes=plan.max_shared_bytes,
         )
         return args
 

@@ -1,0 +1,44 @@
+"""How launches are chosen, with the compiled library's own account of shared memory; no driver is asked."""
+
+import pytest
+
+from fuseline.benchmarks.gpu.shapes import SHAPES, Shape
+from fuseline.kernels.cuda import launch
+from fuseline.kernels.cuda.attention import attention_problem
+from fuseline.kernels.cuda.head import head_problem
+from fuseline.kernels.cuda.launch import Problem
+from fuseline.kernels.cuda.layout import MAX_SHARED_BYTES
+from fuseline.kernels.cuda.library import CudaLibrary
+from fuseline.kernels.cuda.mlp import mlp_problem
+
+pytestmark = pytest.mark.timeout(900)  # the first test compiles all kernels
+
+
+def problems(library: CudaLibrary, shape: Shape) -> list[Problem]:
+    cache = (2, 4096, shape.kv_heads, 16, shape.head_dim)
+    return [
+        mlp_problem(library, shape.hidden, shape.inner, 1e-6),
+        attention_problem(library, shape.hidden, shape.heads, cache, 1024, scale=1.0, eps=1e-6, window=0),
+        head_problem(library, shape.hidden, shape.vocab, 0, 1e-6),
+    ]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
+def test_every_block_fits_at_one_cluster_size_for_every_batch(cuda_library: CudaLibrary, shape: Shape) -> None:
+    for problem in problems(cuda_library, shape):
+        cluster, max_batch = launch._choose_cluster(cuda_library, problem)
+        assert max_batch >= 16, problem.name
+        for batch in (1, 3, max_batch):
+            stages = launch._most_stages(cuda_library, problem, batch, cluster, MAX_SHARED_BYTES)
+            assert stages >= launch.MIN_STAGES
+            needed = launch.shared_bytes(cuda_library, problem, batch, cluster, stages)
+            assert 0 < needed <= MAX_SHARED_BYTES
+
+
+def test_clusters_are_taken_that_divide_the_work() -> None:
+    """Fifteen clusters fit but eleven are done sooner: 256 units are then three a warp, not two or three."""
+    phases = ((28672, 4096), (4096, 14336))
+    predicted = {count: launch.predicted_s(phases, count, 8, 3) for count in (11, 15, 16)}
+    assert predicted[16] < predicted[11] < predicted[15]
+    floor = sum(2 * rows * cols for rows, cols in phases) / launch.BYTES_PER_S
+    assert floor <= predicted[16] < 1.05 * floor
