@@ -148,7 +148,8 @@ async def test_a_deadline_frees_a_reservation(decode: Worker) -> None:
     decoding = await open_decode(decode, make_request(fresh_prompt(1500)), timeout=2)
     told = await decode.engine.call(lambda engine: engine.next_deadline)
     assert told is not None
-    assert told - time.monotonic() < 2  # the engine knows the caller's deadline, not only its own limit
+    # The engine knows the caller's deadline (gRPC may round it up), not only its own limit of half a minute or more.
+    assert told - time.monotonic() < 5
     assert isinstance(await error_of(decoding.events), DeadlineExceededError)
     await decode.released()
 
