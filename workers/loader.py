@@ -9,10 +9,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-
-# HTTPError is the HTTP client's, whichever this release of the hub's library uses; HfHubHTTPError derives from it.
-from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]
 
 from ..collectives.communicator import GroupCommunicators
 from ..kernels.cpu.library import native_library
@@ -20,6 +16,7 @@ from ..runtime.config import ModelInfo
 from ..runtime.errors import InvalidArgumentError, ModelFormatError, NotFoundError
 from ..runtime.sharding import ParallelConfig
 from .checkpoint import DTYPE_BYTES, FLOATS, Checkpoint
+from .hub import fetch
 from .models.config import DTYPES, DecoderConfig
 from .models.decoder import DecoderModel
 from .models.registry import load_model_config
@@ -30,10 +27,6 @@ from .weights import WeightLayout, check_layout, tensor_names
 
 DEMO_NAME = "demo"
 DEMO_PATH = Path(__file__).parent / "models" / "demo"
-# Weights, configuration and tokenizer. No code is ever fetched, nor the copies of the weights in other formats that
-# some repositories keep beside them.
-HUB_ALLOW = ["*.json", "*.safetensors", "tokenizer.model", "merges.txt", "vocab.txt", "*.jinja"]
-HUB_IGNORE = ["*/*", "consolidated*"]
 
 Progress = Callable[[int, int], None]
 
@@ -53,13 +46,7 @@ def resolve_model(name_or_path: str) -> Path:
         return path
     if path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") != 1:
         raise NotFoundError(f"{name_or_path!r} is not a directory, nor the id of a repository", model=name_or_path)
-    try:
-        return Path(snapshot_download(name_or_path, allow_patterns=HUB_ALLOW, ignore_patterns=HUB_IGNORE))
-    except (HTTPError, HFValidationError, OSError) as error:
-        raise NotFoundError(
-            f"{name_or_path!r} is not a directory, and could not be fetched from the Hugging Face hub: {error}",
-            model=name_or_path,
-        ) from error
+    return fetch(name_or_path)
 
 
 def model_info(

@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-from huggingface_hub.utils._paths import filter_repo_objects
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -303,43 +301,3 @@ def test_names_of_models(demo_path: Path, tmp_path: Path) -> None:
     for name in ("nothing-here", "./nothing/here", str(tmp_path / "absent"), "a/b/c"):
         with pytest.raises(NotFoundError, match="is not a directory"):
             resolve_model(name)
-
-
-def test_a_repository_is_fetched_without_its_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    files = ["config.json", "model-1.safetensors", "tokenizer.model", "modeling_evil.py", "pytorch_model.bin"]
-    files += ["original/params.json", "consolidated.safetensors", "tokenizer.json", "model.safetensors.index.json"]
-    fetched: list[str] = []
-
-    def snapshot(repo: str, *, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
-        assert repo == "some/model"
-        fetched.extend(filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
-        return str(tmp_path)
-
-    monkeypatch.setattr(loader, "snapshot_download", snapshot)
-    assert resolve_model("some/model") == tmp_path
-    assert fetched == [
-        "config.json",
-        "model-1.safetensors",
-        "tokenizer.model",
-        "tokenizer.json",
-        "model.safetensors.index.json",
-    ]
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        LocalEntryNotFoundError("no network and not in the cache"),
-        HFValidationError("not a name"),
-        loader.HTTPError("the connection broke"),  # type: ignore[attr-defined]
-        OSError("disk full"),
-    ],
-)
-def test_a_repository_that_cannot_be_fetched(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    def snapshot(*arguments: object, **options: object) -> str:
-        raise error
-
-    monkeypatch.setattr(loader, "snapshot_download", snapshot)
-    with pytest.raises(NotFoundError, match=r"some/model.*could not be fetched") as raised:
-        resolve_model("some/model")
-    assert raised.value.__cause__ is error
