@@ -58,6 +58,66 @@ def gather_one_shot(
     return _schedule(num_ctas, size, epochs, True, epoch, exit_barrier=by_copy)
 
 
+def reduce_scatter(num_ctas: int, size: int, epochs: int, *, second_wait: bool = True) -> Schedule:
+    """All-reduce in two hops, for long vectors: each CTA adds up its part of all vectors and sends the sum to all.
+
+    One set of slots and of results is enough: a CTA sends parts of epoch e + 1 after it has everyone's sums of e.
+
+    Args:
+        size: a multiple of ``num_ctas``.
+        second_wait: for the others' sums; the reader is wrong without.
+    """
+    part = size // num_ctas
+
+    def epoch(rank: int, e: int) -> Iterator[Op]:
+        own = Region("data", rank * part, (rank + 1) * part)
+        yield Load(Region("data", 0, size), e)
+        if num_ctas > 1:
+            peers = [(rank + step) % num_ctas for step in range(1, num_ctas)]
+            yield Arm("parts", e, (num_ctas - 1) * part)
+            yield Arm("sums", e, (num_ctas - 1) * part)
+            slots = [Region("slots", peer * part, (peer + 1) * part) for peer in range(num_ctas)]
+            for peer in peers:
+                theirs = Region("data", peer * part, (peer + 1) * part)
+                yield Send(peer, theirs, slots[rank], "parts", e, by_copy=False)
+            yield Wait("parts", e)
+            yield Fold(own, tuple(own if peer == rank else slots[peer] for peer in range(num_ctas)))
+            for peer in peers:
+                yield Send(peer, own, Region("sums", own.begin, own.end), "sums", e, by_copy=False)
+            if second_wait:
+                yield Wait("sums", e)
+            for peer in peers:
+                theirs = Region("data", peer * part, (peer + 1) * part)
+                yield Fold(theirs, (Region("sums", theirs.begin, theirs.end),))
+        yield Store(Region("data", 0, size), e)
+
+    return _schedule(num_ctas, size, epochs, False, epoch, exit_barrier=False)
+
+
+def reduce_exchange(num_ctas: int, size: int, epochs: int, *, slot_sets: int = 2) -> Schedule:
+    """All-reduce in log2(N) hops between pairs, both of which add in rank order: every CTA has the same bits.
+
+    The log2 form that the kernels have, to measure beside: from registers, a slot and a barrier a hop.
+
+    Args:
+        slot_sets: that take turns; less than 2 is wrong.
+    """
+
+    def epoch(rank: int, e: int) -> Iterator[Op]:
+        data, turn, phase = Region("data", 0, size), e % slot_sets, e // slot_sets
+        yield Load(data, e)
+        for hop, stride in enumerate(_powers_of_two(num_ctas)):
+            partner, name = rank ^ stride, f"{hop}.{turn}"
+            received = Region(f"received{name}", 0, size)
+            yield Arm(f"ready{name}", phase, size)
+            yield Send(partner, data, received, f"ready{name}", phase, by_copy=False)
+            yield Wait(f"ready{name}", phase)
+            yield Fold(data, (data, received) if rank < partner else (received, data))
+        yield Store(data, e)
+
+    return _schedule(num_ctas, size, epochs, False, epoch, exit_barrier=False)
+
+
 def reduce_rotating(num_ctas: int, size: int, epochs: int, *, owners_rotate: bool = True) -> Schedule:
     """Reduce to one CTA, another in each epoch: how a linear layer adds up its partial sums (kernels' linear.cuh).
 

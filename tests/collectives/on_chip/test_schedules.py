@@ -24,7 +24,10 @@ FORMS: dict[str, Form] = {
         n, size, epochs, round_slots=True, round_barrier=False
     ),
     "gather_log2": forms.gather_log2,
+    "reduce_scatter": lambda n, size, epochs: forms.reduce_scatter(n, n * size, epochs),
+    "reduce_exchange": forms.reduce_exchange,
 }
+IN_RANK_ORDER = frozenset(form for form in FORMS if "log2" not in form)
 # Each leaves one protection out. What the proof must say, and the exploration find.
 BROKEN: dict[str, Form] = {
     "one set of slots": lambda n, size, epochs: forms.reduce_one_shot(n, size, epochs, slot_sets=1),
@@ -34,6 +37,8 @@ BROKEN: dict[str, Form] = {
     ),
     "no second barrier": lambda n, size, epochs: forms.reduce_log2(n, size, epochs, round_barrier=False),
     "adding while sending": lambda n, size, epochs: forms.reduce_log2(n, size, epochs, wait_sent=False),
+    "reading sums too early": lambda n, size, epochs: forms.reduce_scatter(n, n, epochs, second_wait=False),
+    "one set of exchanged sums": lambda n, size, epochs: forms.reduce_exchange(n, size, epochs, slot_sets=1),
     "one mbarrier for all rounds": lambda n, size, epochs: forms.gather_log2(n, size, epochs, round_barriers=False),
 }
 
@@ -82,7 +87,7 @@ def test_a_protection_left_out_gives_wrong_results_in_some_interleaving(form: st
 )
 def test_all_interleavings_of_small_clusters_give_the_result(form: str, num_ctas: int, epochs: int) -> None:
     schedule = FORMS[form](num_ctas, 1, epochs)
-    combine = in_rank_order if "one_shot" in form else in_any_order
+    combine = in_rank_order if form in IN_RANK_ORDER else in_any_order
     assert Machine(schedule, contributions(schedule), combine).explore(100_000) > 100
 
 
@@ -98,7 +103,7 @@ def test_everyone_contributes_once_for_any_operator(
     form: str, num_ctas: int, size: int, epochs: int, seed: int
 ) -> None:
     schedule = FORMS[form](num_ctas, size, epochs)
-    combine = in_rank_order if "one_shot" in form else in_any_order
+    combine = in_rank_order if form in IN_RANK_ORDER else in_any_order
     Machine(schedule, contributions(schedule), combine).run(seed)
 
 
@@ -147,7 +152,7 @@ def test_whatever_goes_wrong_the_proof_has_said_before(
     form: str, num_ctas: int, left_out: list[tuple[int, int]]
 ) -> None:
     """Waits and sends dropped at random: an execution fails only where the proof found something."""
-    num_ctas = 2 if "log2" in form or "copy" in form else num_ctas
+    num_ctas = num_ctas if form in ("reduce_one_shot", "gather_one_shot") else 2
     whole = FORMS[form](num_ctas, 1, 2)
     programs = [list(program) for program in whole.programs]
     for rank, number in left_out:
@@ -169,6 +174,8 @@ def test_rounds_and_bytes_are_those_of_the_formulas(num_ctas: int) -> None:
         "gather_one_shot": (costs.gather_elements(size, num_ctas), min(log2, 1)),
         "reduce_log2": (costs.reduce_log2_elements(size, num_ctas), log2),
         "gather_log2": (costs.gather_elements(size, num_ctas), log2),
+        "reduce_scatter": (2 * costs.gather_elements(size, num_ctas), 2 * min(log2, 1)),
+        "reduce_exchange": (costs.reduce_log2_elements(size, num_ctas), log2),
     }
     for form, (elements, rounds) in expected.items():
         schedule = FORMS[form](num_ctas, size, epochs)
