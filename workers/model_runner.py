@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -19,6 +20,20 @@ from .models.decoder import DecoderModel
 from .sampler import Sampler, SamplingRow, token_logprobs
 
 OnLayer = Callable[[int], None]
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Keep torch to the calling thread, and give it back its threads afterwards.
+
+    OpenMP's threads spin for milliseconds after each operation, on the cores that the native team computes on.
+    """
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 class ModelRunner:
@@ -75,6 +90,10 @@ class ModelRunner:
             InternalError: the plan contradicts the mirror.
             UnavailableError: a peer is gone.
         """
+        with one_torch_thread() if self._model.is_native else nullcontext():
+            return self._execute(plan, on_layer)
+
+    def _execute(self, plan: StepPlan, on_layer: OnLayer | None) -> StepResult | None:
         self._update_rows(plan)
         logprob_targets = self._prompt_logprob_targets(plan)
         batch = self._make_batch(plan, logprob_targets)

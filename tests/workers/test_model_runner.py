@@ -129,3 +129,14 @@ def test_a_model_that_computes_nonsense_yields_no_token(runner: ModelRunner) -> 
     execute(runner, plan(0, [(0, 0, 3, -1, False)], admitted=(admit(0, PROMPT[:3], (8,)),)))
     runner._kv_cache[:, 1, 8, :, 0] = torch.nan
     assert execute(runner, plan(1, [(0, 3, 1, 5, True)])).token_ids.tolist() == [NO_TOKEN]
+
+
+def test_torch_gets_its_threads_back_after_a_step(runner: ModelRunner) -> None:
+    torch.set_num_threads(2)
+    try:
+        execute(runner, plan(0, [(0, 0, 11, -1, True)], admitted=(admit(0),)))
+        with pytest.raises(InternalError):
+            execute(runner, plan(1, [(1, 0, 1, -1, True)]))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)

@@ -20,7 +20,7 @@ from ..forward_batch import ForwardBatch
 from ..memory import lazy_zeros
 from ..weights import DecoderWeights
 from .config import DecoderConfig
-from .program import make_program
+from .program import NativeProgram, make_program
 
 Tensor = torch.Tensor
 
@@ -31,6 +31,7 @@ class DecoderModel:
     Attributes:
         config: of the whole model.
         weights: this rank's, in execution order; they never require gradients.
+        is_native: whether the process's team of threads computes, rather than torch.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class DecoderModel:
         norm = weights.layers[0].attention.norm
         self._dtype, self._device = norm.dtype, norm.device
         self._program = make_program(config, weights, tp)
+        self.is_native = isinstance(self._program, NativeProgram)
         # The ranges in which a step runs: op by op when sums are to be made between them, up to every attention block
         # when someone waits for the KV of its layer, or all at once.
         end = self._num_ops = 2 * len(weights.layers) + 2
