@@ -41,6 +41,7 @@ from .generation import (
     model_from_wire,
 )
 from .status import ClusterStatus, role_to_wire, status_from_wire
+from .wording import counted
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 # Long enough for any healthy gateway; without it a call to a host that swallows packets would hang.
@@ -393,7 +394,7 @@ def _typed(error: grpc.RpcError, address: str, num_tokens: int = 0, *, is_cancel
         typed = make_error(ErrorCode.UNAVAILABLE, typed.message, typed.details)
     if isinstance(typed, UnavailableError) and not typed.details:
         # Not the gateway's words but gRPC's: nobody answers there, or the connection broke.
-        lost = f"the connection to {address} was lost after {num_tokens} tokens"
+        lost = f"the connection to {address} was lost after {counted(num_tokens, 'token')}"
         what = lost if num_tokens else f"no answer from {address}"
         return UnavailableError(f"{what}: {_reason(typed.message)}", address=address)
     if isinstance(typed, DeadlineExceededError) and not typed.details:

@@ -14,6 +14,7 @@ from ..runtime.errors import ResourceExhaustedError
 from ..runtime.role import WorkerRole
 from .cluster_config import ClusterConfig
 from .reconcile import POOLS, Target
+from .wording import counted
 
 STRATEGY = "PACK"  # of the bundles among each other
 CPU_UNITS = 10_000  # Ray accounts in ten-thousandths; whole numbers keep the arithmetic exact
@@ -41,7 +42,8 @@ class Resources:
         return Resources(self.cpu_units * count, self.gpus * count)
 
     def __str__(self) -> str:
-        return f"{self.num_cpus:g} CPUs and {self.gpus} GPUs" if self.gpus else f"{self.num_cpus:g} CPUs"
+        cpus = counted(self.num_cpus, "CPU")
+        return f"{cpus} and {counted(self.gpus, 'GPU')}" if self.gpus else cpus
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,20 +91,25 @@ def check_room(config: ClusterConfig, target: Target, nodes: Sequence[Resources]
     need = _total([bundle.times(count) for bundle, count in wanted])
     have = _total(nodes)
     largest = max(nodes, key=lambda node: (node.gpus, node.cpu_units), default=Resources(0, 0))
-    pools = "; ".join(
-        f"{size} x {pool} of {placement.num_bundles} x ({placement.bundle}), each on one node"
-        for pool, (placement, size) in zip(POOLS, demands, strict=True)
-        if size
+    pools = ", ".join(
+        _demand_of(str(pool), placement, size) for pool, (placement, size) in zip(POOLS, demands, strict=True) if size
     )
+    most = f", at most {largest} on one" if len(nodes) > 1 else ""
     raise ResourceExhaustedError(
-        f"the cluster is too small: {need} are needed ({pools}); it has {have} on {len(nodes)} nodes,"
-        f" the largest with {largest}",
+        f"the cluster is too small: wanted {need} ({pools}), found {have} on {counted(len(nodes), 'node')}{most}",
         needed_cpus=f"{need.num_cpus:g}",
         needed_gpus=need.gpus,
         total_cpus=f"{have.num_cpus:g}",
         total_gpus=have.gpus,
         num_nodes=len(nodes),
     )
+
+
+def _demand_of(pool: str, placement: ReplicaPlacement, size: int) -> str:
+    """Such as "0.5 CPUs for 1 prefill worker", "2 parts of 1 CPU, each on one node, for each of 3 …"."""
+    bundle, num_bundles = str(placement.bundle), placement.num_bundles
+    wanted = bundle if num_bundles == 1 else f"{num_bundles} parts of {bundle}, each on one node,"
+    return f"{wanted} for {'' if size == 1 else 'each of '}{counted(size, f'{pool} worker')}"
 
 
 def _total(parts: Sequence[Resources]) -> Resources:

@@ -31,6 +31,7 @@ from .gateway import Gateway, GatewayConfig, join_address
 from .processes import descendants, end_all
 from .ray_backend import RayBackend
 from .start_news import StartNews
+from .wording import counted
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LONG_POLL_S = 10.0
@@ -54,14 +55,14 @@ def run_cluster(config: ClusterConfig, say: Say) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     started_at = time.monotonic()
     with _signals() as stopping:
-        _check_port(config)
-        _check_ray(config.ray_address)
         path = resolve_model(config.model)
         limits = config.limits
         model = model_info(path, config.dtype, limits.max_model_len, config.name, config.device, config.quantization)
         for pool in (config.prefill, config.decode):
             check_cut(path, pool.parallel, config.quantization)
         tokenizer = Tokenizer.load(path)
+        _check_port(config)
+        _check_ray(config.ray_address)
         say(f"fuseline {__version__} serves {config.name}")
         say(f"{_pool('prefill', config.prefill)}, {_pool('decode', config.decode)}")
         if not is_loopback(config.host):
@@ -172,7 +173,7 @@ async def _serve(
         ready.cancel()
         await asyncio.gather(ready, return_exceptions=True)
         ended.result()
-        say(f"stopping, {gateway.num_sequences} sequences under way")
+        say(f"stopping, {counted(gateway.num_sequences, 'sequence')} under way")
     finally:
         await gateway.stop(min(config.drain_timeout_s, MAX_GRACE_S))
 
@@ -214,9 +215,12 @@ async def _wait_ready(backend: RayBackend, gateway: Gateway, say: Say) -> None:
 
 def _pool(name: str, pool: PoolConfig) -> str:
     if not pool.num_replicas:
-        return f"no {name} pool"
+        return f"no {name} worker"
     parallel = pool.parallel
-    return f"{name} {pool.num_replicas} x TP {parallel.tensor_parallel_size} x PP {parallel.pipeline_parallel_size}"
+    workers = counted(pool.num_replicas, f"{name} worker")
+    if parallel.world_size == 1:
+        return workers
+    return f"{workers} of TP {parallel.tensor_parallel_size}, PP {parallel.pipeline_parallel_size}"
 
 
 def _check_port(config: ClusterConfig) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .membership import ReplicaState
 from .messages import ControllerStatus
 from .status import progress_text
+from .wording import counted
 
 NEWS_S = 2.0  # between two lines about bytes read
 
@@ -22,7 +23,7 @@ class StartNews:
         num_wanted = status.target.prefill + status.target.decode
         num_ready = sum(replica.state is ReplicaState.READY for replica in status.replicas)
         troubles = "".join(f"; {r.worker_id}: {r.message}" for r in status.replicas if r.message and r.num_restarts)
-        states = f"{num_ready} of {num_wanted} workers ready{troubles}"
+        states = f"{num_ready} of {counted(num_wanted, 'worker')} ready{troubles}"
         loading = [replica.loading for replica in status.replicas if replica.state is ReplicaState.STARTING]
         read = progress_text(sum(x.done_bytes for x in loading), sum(x.total_bytes for x in loading))
         line = f"loading on {status.config.device}: " + "; ".join(filter(None, (read, states)))

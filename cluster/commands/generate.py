@@ -11,6 +11,7 @@ import typer
 from ...runtime.sampling_params import SamplingParams
 from ..client import Client
 from ..generation import Completion, GenerateChunk, collect
+from ..wording import counted
 from .common import DEFAULT, Address, reporting
 
 _DEFAULTS = SamplingParams(max_tokens=128)
@@ -90,8 +91,8 @@ def _stats(completion: Completion) -> str:
     summary = completion.summary
     way = f"{summary.prefill_worker} -> {summary.decode_worker}" if summary.prefill_worker else summary.decode_worker
     return (
-        f"{completion.index}: {summary.num_output_tokens} tokens ({completion.finish_reason}),"
+        f"{completion.index}: {counted(summary.num_output_tokens, 'token')} ({completion.finish_reason}),"
         f" TTFT {summary.ttft_s * 1e3:.0f} ms, TPOT {summary.tpot_s * 1e3:.1f} ms, {summary.e2e_s:.2f} s in all,"
         f" {way}, {summary.num_cached_tokens} of {summary.num_prompt_tokens} prompt tokens cached,"
-        f" {summary.num_retries} retries"
+        f" retries: {summary.num_retries}"
     )

@@ -126,8 +126,10 @@ def test_a_port_in_use_is_found_before_anything_is_started(run: Run) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         code, out, err = run("serve", "demo", "--grpc-port", str(port))
+        unknown = run("serve", "/no/such/model", "--grpc-port", str(port))
     assert (code, out) == (1, "")
     assert err == f"fuseline: cannot listen on 127.0.0.1:{port}: Address already in use\n"
+    assert unknown[2].startswith("fuseline: '/no/such/model' is not a directory")
 
 
 @pytest.fixture

@@ -112,7 +112,7 @@ async def test_waiting_for_a_pool_that_fails_tells_why() -> None:
         ([(DECODE, 0)], InvalidArgumentError, "decode must have 1 to 1024 replicas, got 0"),
         ([(DECODE, 1), (DECODE, 2)], InvalidArgumentError, "decode is named twice"),
         ([(MIXED, 1)], InvalidArgumentError, "mixed is no pool; pools are prefill and decode"),
-        ([(DECODE, 9)], ResourceExhaustedError, "the cluster is too small: 2.5 CPUs are needed"),
+        ([(DECODE, 9)], ResourceExhaustedError, "the cluster is too small: wanted 2.5 CPUs ("),
     ],
 )
 async def test_a_target_that_cannot_be_is_refused(

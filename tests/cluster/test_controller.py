@@ -87,7 +87,7 @@ async def test_scaling_down_drains_the_least_loaded_and_waits_for_it() -> None:
 async def test_a_target_that_cannot_be_held_changes_nothing() -> None:
     store = Store()
     async with running(Cluster(), store) as controller:
-        with pytest.raises(ResourceExhaustedError, match=r"the cluster is too small: 2\.25 CPUs are needed"):
+        with pytest.raises(ResourceExhaustedError, match=r"the cluster is too small: wanted 2\.25 CPUs"):
             await controller.set_target(Target(1, 8))
         assert controller.target == Target(1, 1)
         assert store.target is None

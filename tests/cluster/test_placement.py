@@ -33,8 +33,8 @@ def test_eight_small_replicas_share_two_cores_and_a_ninth_does_not() -> None:
     with pytest.raises(ResourceExhaustedError) as caught:
         check_room(CPU, Target(4, 5), [Resources.of(2, 0)])
     assert caught.value.message == (
-        "the cluster is too small: 2.25 CPUs are needed (4 x prefill of 1 x (0.25 CPUs), each on one node;"
-        " 5 x decode of 1 x (0.25 CPUs), each on one node); it has 2 CPUs on 1 nodes, the largest with 2 CPUs"
+        "the cluster is too small: wanted 2.25 CPUs (0.25 CPUs for each of 4 prefill workers,"
+        " 0.25 CPUs for each of 5 decode workers), found 2 CPUs on 1 node"
     )
     assert caught.value.details["needed_cpus"] == "2.25"
     assert caught.value.details["total_cpus"] == "2"
@@ -43,8 +43,10 @@ def test_eight_small_replicas_share_two_cores_and_a_ninth_does_not() -> None:
 def test_gpus_on_two_nodes_do_not_make_a_group_of_four() -> None:
     nodes = [Resources.of(64, 2), Resources.of(64, 2)]
     config = ClusterConfig(decode=PoolConfig(1, ParallelConfig(4))).on("cuda")
-    with pytest.raises(ResourceExhaustedError, match=r"it has 128 CPUs and 4 GPUs on 2 nodes, the largest with 64"):
+    with pytest.raises(ResourceExhaustedError, match="found 128 CPUs and 4 GPUs on 2 nodes, at most 64 CPUs"):
         check_room(config, Target(0, 1), nodes)
+    with pytest.raises(ResourceExhaustedError, match=r"wanted 4 CPUs and 4 GPUs \(2 parts of 2 CPUs and 2 GPUs,"):
+        check_room(replace(config, decode=PoolConfig(1, ParallelConfig(2, 2))), Target(0, 1), nodes[:1])
     check_room(replace(config, allow_cross_node_tp=True), Target(0, 1), nodes)
     check_room(replace(config, decode=PoolConfig(1, ParallelConfig(2, 2))), Target(0, 1), nodes)
 

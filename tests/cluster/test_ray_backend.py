@@ -33,9 +33,9 @@ def test_gpus_are_used_when_there_are_enough(parallel: ParallelConfig, node: Res
 
 
 def test_a_cluster_that_is_too_small_is_refused_with_numbers() -> None:
-    with pytest.raises(ResourceExhaustedError, match=r"3 CPUs and 3 GPUs are needed .* it has 2 CPUs on 1 nodes"):
+    with pytest.raises(ResourceExhaustedError, match=r"wanted 3 CPUs and 3 GPUs .* found 2 CPUs on 1 node"):
         resolve(CONFIG.on("cuda"), [LAPTOP])
-    with pytest.raises(ResourceExhaustedError, match=r"12\.25 CPUs are needed .* it has 2 CPUs on 1 nodes"):
+    with pytest.raises(ResourceExhaustedError, match=r"wanted 12\.25 CPUs .* found 2 CPUs on 1 node"):
         resolve(replace(CONFIG, decode=PoolConfig(48)), [LAPTOP])
 
 
