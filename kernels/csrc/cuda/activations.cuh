@@ -41,6 +41,7 @@ class RowScales {
 
     __device__ float scale(uint32_t token, uint32_t cols, float eps) const {
         float sum = 0.0f;
+#pragma unroll 1
         for (uint32_t rank = 0; rank < cluster_; ++rank) {
             sum += sums_[MAX_BATCH * rank + token];
         }
@@ -107,17 +108,6 @@ class StreamedX {
   public:
     static constexpr int kBarriers = 4;
 
-    // `buffers`: `bytes` of shared memory, enough for two times PIECE_COLS columns; `barriers`: kBarriers mbarriers.
-    __device__ StreamedX(unsigned char* buffers, uint32_t bytes, uint64_t* barriers, const uint16_t* x, uint32_t batch,
-                         Slice slice)
-        : buffers_(buffers), barriers_(ptx::shared_address(barriers)),
-          source_(reinterpret_cast<const unsigned char*>(x + x_index(batch, 0, slice.begin))), batch_(batch),
-          cols_(slice.cols()) {
-        const uint32_t fitting = bytes / 2 / x_bytes(batch, PIECE_COLS) * PIECE_COLS;
-        part_cols_ = x_bytes(batch, cols_) <= bytes ? cols_ : fitting;
-        parts_ = divide_up(cols_, part_cols_);
-    }
-
     // Shared memory to give it: `least` at least, and no more than all of the slice or what is `left`.
     __host__ __device__ static uint32_t room(uint32_t batch, uint32_t cols, uint32_t cluster, uint32_t least,
                                              uint32_t left) {
@@ -133,8 +123,25 @@ class StreamedX {
         }
     }
 
-    // Behind a grid barrier, in front of which the writers of x have called fence_proxy_async_global. `rounds`: of
-    // parts.
+    // Nothing to bring: the slice is in shared memory.
+    __device__ StreamedX(unsigned char* x, Slice slice) : buffers_(x), cols_(slice.cols()), part_cols_(cols_) {}
+
+    // `buffers`: `room` bytes of shared memory; `barriers`: kBarriers mbarriers.
+    __device__ StreamedX(unsigned char* buffers, uint32_t room, const uint64_t* barriers, const uint16_t* x,
+                         uint32_t batch, Slice slice)
+        : buffers_(buffers), barriers_(ptx::shared_address(barriers)),
+          source_(reinterpret_cast<const unsigned char*>(x + x_index(batch, 0, slice.begin))),
+          part_bytes_(x_bytes(batch, slice.cols())), cols_(slice.cols()), part_cols_(cols_) {
+        if (part_bytes_ > room) {
+            part_cols_ = room / 2 / x_bytes(batch, PIECE_COLS) * PIECE_COLS;
+            part_bytes_ = x_bytes(batch, part_cols_);
+        }
+        parts_ = divide_up(cols_, part_cols_);
+        chunk_bytes_ = x_bytes(batch, CHUNK_COLS);
+    }
+
+    // Once, behind a grid barrier, in front of which the writers of x have called fence_proxy_async_global. `rounds`:
+    // how often each part is used.
     __device__ void start(uint32_t rounds) {
         left_ = parts_ == 1 ? 1 : rounds * parts_;
         if (threadIdx.x < 32) {
@@ -146,23 +153,21 @@ class StreamedX {
     __device__ uint32_t part_cols() const { return part_cols_; }
 
     __device__ const unsigned char* acquire() {
-        if (parts_ == 1) {
-            ptx::mbarrier_wait(full(0), 0);
-            return buffers_;
-        }
         const uint32_t buffer = now_ % 2;
-        if (threadIdx.x < 32 && left_ != 0) { // the next one, in place of the one before
+        if (parts_ > 1 && threadIdx.x < 32 && left_ != 0) { // the next one, in place of the one before
             if (now_ != 0) {
                 ptx::mbarrier_wait(empty(buffer ^ 1), (now_ - 1) / 2 % 2);
             }
             load();
         }
-        ptx::mbarrier_wait(full(buffer), now_ / 2 % 2);
-        return buffers_ + buffer * x_bytes(batch_, part_cols_);
+        if (parts_ != 0) {
+            ptx::mbarrier_wait(full(buffer), now_ / 2 % 2);
+        }
+        return buffers_ + buffer * part_bytes_;
     }
 
     __device__ void release() {
-        if (parts_ != 1) {
+        if (parts_ > 1) {
             __syncwarp();
             if (threadIdx.x % 32 == 0) {
                 ptx::mbarrier_arrive(empty(now_ % 2));
@@ -178,10 +183,10 @@ class StreamedX {
     // The next part, by one warp.
     __device__ void load() {
         constexpr uint32_t kCopyBytes = 8192;
-        const uint32_t part = loads_ % parts_, buffer = loads_ % 2, begin = part * part_cols_;
-        const uint32_t bytes = x_bytes(batch_, min(part_cols_, cols_ - begin));
-        const unsigned char* from = source_ + x_bytes(batch_, begin);
-        const uint32_t to = ptx::shared_address(buffers_) + buffer * x_bytes(batch_, part_cols_);
+        const uint32_t part = loads_ % parts_, buffer = loads_ % 2;
+        const uint32_t bytes = min(part_cols_, cols_ - part * part_cols_) / CHUNK_COLS * chunk_bytes_;
+        const unsigned char* from = source_ + part * part_bytes_;
+        const uint32_t to = ptx::shared_address(buffers_) + buffer * part_bytes_;
         if (threadIdx.x == 0) {
             ptx::mbarrier_arrive_expect_tx(full(buffer), bytes);
         }
@@ -193,9 +198,10 @@ class StreamedX {
     }
 
     unsigned char* buffers_;
-    uint32_t barriers_;
-    const unsigned char* source_;
-    uint32_t batch_, cols_, part_cols_, parts_;
+    uint32_t barriers_ = 0;
+    const unsigned char* source_ = nullptr;
+    uint32_t part_bytes_ = 0, chunk_bytes_ = 0, cols_, part_cols_;
+    uint32_t parts_ = 0;            // 0: nothing to wait for
     uint32_t left_ = 0, loads_ = 0; // of warp 0
     uint32_t now_ = 0;
 };

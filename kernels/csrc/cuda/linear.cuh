@@ -92,8 +92,8 @@ struct Units {
 // The units of a cluster out of `total`, which the clusters share evenly.
 __device__ inline Units units_of(const uint16_t* packed, uint32_t total, uint32_t cols, uint32_t cluster_index,
                                  uint32_t num_clusters, Slice slice) {
-    const uint32_t begin = static_cast<uint64_t>(total) * cluster_index / num_clusters;
-    const uint32_t end = static_cast<uint64_t>(total) * (cluster_index + 1) / num_clusters;
+    const uint32_t begin = total * cluster_index / num_clusters;
+    const uint32_t end = total * (cluster_index + 1) / num_clusters;
     return {packed, cols, slice, begin, end - begin};
 }
 

@@ -11,6 +11,7 @@
 #include "api.h"
 #include "launch.h"
 #include "linear.cuh"
+#include "prefetch.cuh"
 
 namespace fuseline {
 namespace {
@@ -41,19 +42,6 @@ __device__ float bias_of(const uint16_t* bias, uint32_t row) {
     return bias == nullptr ? 0.0f : ptx::bf16_to_float(bias[row]);
 }
 
-// Brings this warp's share of what the next kernel starts with into L2.
-__device__ void prefetch_next(const fl_mlp_args& args) {
-    constexpr uint32_t kChunk = 4096;
-    const uint32_t warps = gridDim.x * LINEAR_WARPS, warp = blockIdx.x * LINEAR_WARPS + threadIdx.x / 32;
-    const unsigned char* start = static_cast<const unsigned char*>(args.prefetch);
-    for (int64_t at = static_cast<int64_t>(warp) * kChunk; at + kChunk <= args.prefetch_bytes;
-         at += static_cast<int64_t>(warps) * kChunk) {
-        if (threadIdx.x % 32 == 0) {
-            ptx::bulk_prefetch_l2(start + at, kChunk);
-        }
-    }
-}
-
 // From 32 tokens on two CTAs do not fit into shared memory anyway.
 template <int kTiles>
 __global__ void __launch_bounds__(LINEAR_THREADS, kTiles < 4 ? 2 : 1)
@@ -66,7 +54,6 @@ __global__ void __launch_bounds__(LINEAR_THREADS, kTiles < 4 ? 2 : 1)
     const uint32_t batch = args.batch, hidden = args.hidden, inner = args.inner;
     uint64_t* barriers = reinterpret_cast<uint64_t*>(smem);
     uint64_t* after_rings = barriers + LINEAR_WARPS * stages;
-    unsigned char* x = smem + layout.x;
     uint16_t* activations = reinterpret_cast<uint16_t*>(static_cast<unsigned char*>(args.workspace) + 256);
 
     Ring ring(smem + layout.ring + warp * stages * PIECE_BYTES, PIECE_BYTES, barriers + warp * stages, stages);
@@ -74,7 +61,7 @@ __global__ void __launch_bounds__(LINEAR_THREADS, kTiles < 4 ? 2 : 1)
                       rank);
     const RowScales scales(smem + layout.sums, after_rings + LINEAR_WARPS, cluster, rank);
     const Slice hidden_slice = slice_of(hidden, rank, cluster), inner_slice = slice_of(inner, rank, cluster);
-    uint64_t* x_barriers = after_rings + LINEAR_WARPS + 1;
+    const uint64_t* x_barriers = after_rings + LINEAR_WARPS + 1;
     if (lane == 0) {
         ring.init();
         reduce.init();
@@ -89,14 +76,15 @@ __global__ void __launch_bounds__(LINEAR_THREADS, kTiles < 4 ? 2 : 1)
 
     const Units gate_up = units_of(args.gate_up, 2 * inner / UNIT_ROWS, hidden, index, num_clusters, hidden_slice);
     const Units down = units_of(args.down, hidden / UNIT_ROWS, inner, index, num_clusters, inner_slice);
-    Chained<UnitSource, UnitSource> source{UnitSource(gate_up), UnitSource(down)};
+    Chained<UnitSource, Chained<UnitSource, PrefetchSource>> source{
+        UnitSource(gate_up), {UnitSource(down), {args.prefetch, args.prefetch_bytes}}};
     ring.refill(source);
 
     ptx::cluster_wait();
     ptx::grid_wait();
     ptx::grid_launch_dependents();
-    load_normed(x, {args.residual, args.delta, args.norm, args.residual_out, hidden}, batch, hidden_slice, scales,
-                index, num_clusters);
+    load_normed(smem + layout.x, {args.residual, args.delta, args.norm, args.residual_out, hidden}, batch, hidden_slice,
+                scales, index, num_clusters);
     __syncthreads();
 
     const uint32_t row = lane / 4, column = lane % 4 * 2;
@@ -115,15 +103,6 @@ __global__ void __launch_bounds__(LINEAR_THREADS, kTiles < 4 ? 2 : 1)
             }
         }
     };
-    ResidentX hidden_x(x, hidden_slice);
-    project<kTiles>(ring, source, gate_up, hidden_x, batch, reduce, activate);
-    scales.wait();
-    ptx::fence_proxy_async_global();
-    grid_barrier(static_cast<uint32_t*>(args.workspace));
-    StreamedX inner_x(x, layout.x_room, x_barriers, activations, batch, inner_slice);
-    inner_x.start(down.rounds());
-    prefetch_next(args);
-
     const auto store = [&](uint32_t unit, int n, const float (&c)[4]) {
 #pragma unroll
         for (uint32_t i = 0; i < 4; ++i) {
@@ -133,7 +112,27 @@ __global__ void __launch_bounds__(LINEAR_THREADS, kTiles < 4 ? 2 : 1)
             }
         }
     };
-    project<kTiles>(ring, source, down, inner_x, batch, reduce, store);
+    // One loop for both halves: half the code, which has to come into the instruction caches too.
+    Units units = gate_up;
+    StreamedX x(smem + layout.x, hidden_slice);
+#pragma unroll 1
+    for (int half = 0; half < 2; ++half) {
+        project<kTiles>(ring, source, units, x, batch, reduce, [&](uint32_t unit, int n, const float (&c)[4]) {
+            if (half == 0) {
+                activate(unit, n, c);
+            } else {
+                store(unit, n, c);
+            }
+        });
+        if (half == 0) {
+            scales.wait();
+            ptx::fence_proxy_async_global();
+            grid_barrier(static_cast<uint32_t*>(args.workspace));
+            units = down;
+            x = StreamedX(smem + layout.x, layout.x_room, x_barriers, activations, batch, inner_slice);
+            x.start(units.rounds());
+        }
+    }
 }
 
 using Kernel = void (*)(fl_mlp_args);

@@ -77,8 +77,12 @@ FL_PTX bool mbarrier_try_wait(uint32_t shared, uint32_t parity) {
 // Until the phase of this parity has ended. What the phase's arrivals and copies wrote, from peers too, is then
 // visible.
 FL_PTX void mbarrier_wait(uint32_t shared, uint32_t parity) {
-    while (!mbarrier_try_wait(shared, parity)) {
-    }
+    asm volatile("{\n.reg .pred p;\n"
+                 "again:\n"
+                 "mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
+                 "@!p bra again;\n}" ::"r"(shared),
+                 "r"(parity)
+                 : "memory");
 }
 
 // ---- asynchronous copies -------------------------------------------------------------------------------------------

@@ -100,7 +100,9 @@ def run(
         down_bias=emulation.input("down_bias", weights.down_bias) if bias else None,
         residual_out=residual_address,
         delta_out=delta_address,
+        prefetch_bytes=10_000,
     )
+    args.prefetch = args.gate_up
     functions = ctypes.CDLL(str(library))
     functions.fl_cuda_mlp_workspace.restype = ctypes.c_int64
     bytes_needed = functions.fl_cuda_mlp_workspace(ctypes.byref(args))
