@@ -127,7 +127,7 @@ struct AttentionParams {
 };
 
 template <int D, int kTiles>
-__global__ void __maxnreg__(kTiles < 4 ? ATTN_MAX_REGISTERS : ATTN_WIDE_MAX_REGISTERS)
+__global__ void __maxnreg__(kTiles < WIDE_TILES ? ATTN_MAX_REGISTERS : WIDE_MAX_REGISTERS)
     attention_block(const __grid_constant__ AttentionParams params) {
     FL_DYNAMIC_SHARED(smem);
     const fl_attention_args& args = params.args;

@@ -199,6 +199,8 @@ def run(
     for _ in range(repeats):
         assert functions.fl_cuda_attention_block(ctypes.byref(args)) == 0
     emulation.run()
+    groups = model.kv_heads * -(-model.heads // model.kv_heads // 8)
+    assert not workspace[256 : 256 + 64 * groups * 8 * 4].any()  # the counters are ready for the next launch
 
     newest = [max(row.context - 1, 0) for row in rows]
     places = [(table[token // model.block], token % model.block) for table, token in zip(tables, newest, strict=True)]
@@ -218,8 +220,10 @@ def filled_cache(model: Model, rows: Sequence[Row], rng: np.random.Generator) ->
     tables = np.full((len(rows), max(counts) + 1), 2**30, np.int32)
     for table, row, count in zip(tables, rows, counts, strict=True):
         table[:count] = [next(blocks) for _ in range(count)]
+        first = max(0, row.context - model.window) if model.window else 0
+        table[: first // model.block] = 2**30
         history = row.history(model)
-        for token in range(max(0, row.context - model.window) if model.window else 0, row.context - 1):
+        for token in range(first, row.context - 1):
             cache[:, table[token // model.block], :, token % model.block] = history[:, :, token]
     return cache, tables
 
