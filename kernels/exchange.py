@@ -22,6 +22,7 @@ import torch
 
 from .build import LibrarySource, build_library, find_compiler
 from .cpu.library import FLAGS, LINK_FLAGS
+from .cpu.threads import usable_cores
 from .errors import BuildError, KernelArgumentError
 
 logger = logging.getLogger(__name__)
@@ -125,7 +126,7 @@ class Exchange:
         self.world_size = world
         pidfds = _watch(pids)
         # Spinning with more ranks than cores keeps from running those that are waited for.
-        spin_ns = SPIN_NS if world <= len(os.sched_getaffinity(0)) else 0
+        spin_ns = SPIN_NS if world <= usable_cores() else 0
         handle = library.fl_shm_create(
             segment.ctypes.data, rank, world, (ctypes.c_int32 * world)(*pidfds), spin_ns, int(timeout_s * 1e9)
         )
