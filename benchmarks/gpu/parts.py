@@ -16,11 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from fuseline.kernels.cuda.library import load_library
+from fuseline.kernels.cuda.attention import attention_problem
+from fuseline.kernels.cuda.head import head_problem
+from fuseline.kernels.cuda.launch import plan_launch
+from fuseline.kernels.cuda.library import CudaLibrary, load_library
+from fuseline.kernels.cuda.mlp import mlp_problem
 from fuseline.kernels.errors import LaunchError
 
 from . import baselines, collectives, correctness, public, report
-from .blocks import Bench
+from .blocks import BLOCK_SIZE, EPS, Bench
 from .cases import TINY
 from .device import Device
 from .shapes import BATCHES, CONTEXTS, SHAPES
@@ -64,8 +68,38 @@ def environment(run: Run) -> dict[str, Any]:
     }
     if not run.tiny:
         found["library"] = str(load_library().path.name)  # without it nothing below would be about the kernels
+        found["launches"] = launches(load_library())
+        header = ("shape", "block", "batch", "cluster", "clusters", "resident", "stages")
+        print(report.table(header, [list(row.values()) for row in found["launches"]]))
     print(f"{found['device']['name']}: copies {run.bytes_per_s / 1e12:.2f} TB/s, torch {torch.__version__}")
     return found
+
+
+def launches(library: CudaLibrary) -> list[dict[str, Any]]:
+    """How each block is spread over this GPU, and how many of its clusters cudaOccupancyMaxActiveClusters allows."""
+    rows = []
+    for shape in SHAPES:
+        cache = (2, 65536, shape.kv_heads, BLOCK_SIZE, shape.head_dim)
+        width = max(CONTEXTS) // BLOCK_SIZE
+        for problem in (
+            mlp_problem(library, shape.hidden, shape.inner, EPS),
+            attention_problem(library, shape.hidden, shape.heads, cache, width, scale=1.0, eps=EPS, window=0),
+            head_problem(library, shape.hidden, shape.vocab, 0, EPS),
+        ):
+            for batch in BATCHES:
+                plan = plan_launch(library, problem, batch)
+                rows.append(
+                    {
+                        "shape": shape.name,
+                        "block": problem.name,
+                        "batch": batch,
+                        "cluster": plan.cluster,
+                        "num_clusters": plan.num_clusters,
+                        "resident": plan.resident,
+                        "stages": plan.stages,
+                    }
+                )
+    return rows
 
 
 def check(run: Run) -> dict[str, Any]:

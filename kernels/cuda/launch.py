@@ -31,13 +31,14 @@ MAX_SCRATCH = 256
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """What ``fl_launch`` holds, and the most tokens that one launch takes."""
+    """What ``fl_launch`` holds, the most tokens that one launch takes, and how many clusters would fit at once."""
 
     cluster: int
     num_clusters: int
     stages: int
     max_shared_bytes: int
     max_batch: int
+    resident: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +85,7 @@ def plan_launch(library: CudaLibrary, problem: Problem, batch: int) -> Launch:
         range(max(1, resident // 2), resident + 1),
         key=lambda clusters: predicted_s(problem.phases, clusters, cluster, stages),
     )
-    return Launch(cluster, num_clusters, stages, budget, max_batch)
+    return Launch(cluster, num_clusters, stages, budget, max_batch, resident)
 
 
 def predicted_s(phases: Sequence[tuple[int, int]], num_clusters: int, cluster: int, stages: int) -> float:
