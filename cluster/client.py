@@ -30,10 +30,10 @@ from ..runtime.errors import (
 from ..runtime.sampling_params import SamplingParams
 from ..workers.grpc_errors import error_from_rpc, make_error
 from ..workers.grpc_options import CHANNEL_OPTIONS
+from ..workers.prompts import Prompt
 from .generation import (
     GenerateChunk,
     GenerateResult,
-    Prompt,
     ServedModel,
     chunk_from_wire,
     collect,

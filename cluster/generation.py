@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from ..proto.fuseline.v1 import common_pb2, inference_pb2
@@ -10,8 +10,7 @@ from ..runtime.errors import InternalError, InvalidArgumentError
 from ..runtime.request import FinishReason, TokenLogprobs
 from ..runtime.sampling_params import SamplingParams
 from ..workers import wire
-
-Prompt = str | Sequence[int]
+from ..workers.prompts import Prompt, check_prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,15 +116,21 @@ def generate_request(
         )
     except (ValueError, TypeError) as error:
         raise InvalidArgumentError(f"the request cannot be sent: {error}") from error
+    checked = check_prompt(prompt)
     try:
-        if isinstance(prompt, str):
-            message.text = prompt
+        if isinstance(checked, str):
+            message.text = checked
         else:
-            message.token_ids.ids.extend(prompt)
+            message.token_ids.ids.extend(checked)
             message.token_ids.SetInParent()
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise InvalidArgumentError(f"the prompt cannot be sent: {error}", field="prompt") from error
     if sampling_params is not None:
+        if not isinstance(sampling_params, SamplingParams):
+            kind = type(sampling_params).__name__
+            raise InvalidArgumentError(
+                f"sampling_params must be SamplingParams, got {kind}", field="sampling_params", value=kind
+            )
         message.sampling_params.CopyFrom(wire.sampling_params_to_wire(sampling_params))
     return message
 

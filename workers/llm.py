@@ -14,10 +14,10 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 from ..runtime.config import SchedulerConfig
 from ..runtime.errors import FuselineError, InternalError, InvalidArgumentError, UnavailableError
@@ -25,11 +25,11 @@ from ..runtime.request import FinishReason, Request, SequenceOutput, TokenLogpro
 from ..runtime.request_check import check_request
 from ..runtime.sampling_params import MAX_SEED, SamplingParams, child_seed
 from ..runtime.sharding import ParallelConfig
+from .generation_bar import GenerationBar
 from .group import GroupConfig, ModelGroup
+from .prompts import Prompt, check_prompts, per_prompt
 from .rank_protocol import RankFailure, error_of
 from .tokenizer import OutputText, Tokenizer
-
-Prompt = str | Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +203,7 @@ class LLM:
             prompts: one or several, each a text or its token ids.
             sampling_params: one for all, or one per prompt; None for the defaults. A seed of None draws one.
             priority: per prompt, lower runs first.
-            progress: show a progress bar; None does so on a terminal.
+            progress: show a bar that moves with every token, and their rate; None does so on a terminal.
 
         Returns:
             One output per prompt, in order.
@@ -219,8 +219,8 @@ class LLM:
             raise InvalidArgumentError("generate is running already; an LLM serves one call at a time")
         try:
             texts, token_ids = self._tokenize(prompts)
-            params = _per_prompt("sampling_params", sampling_params, SamplingParams(), len(texts))
-            priorities = _per_prompt("priority", priority, 0, len(texts))
+            params = per_prompt("sampling_params", sampling_params, SamplingParams(), len(texts))
+            priorities = per_prompt("priority", priority, 0, len(texts))
             groups = [
                 self._expand(ids, one, rank) for ids, one, rank in zip(token_ids, params, priorities, strict=True)
             ]
@@ -244,17 +244,10 @@ class LLM:
     ) -> None:
         self.close()
 
-    def _tokenize(self, prompts: Prompt | Sequence[Prompt]) -> tuple[list[str | None], list[tuple[int, ...]]]:
-        one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
-        many: Sequence[Any] = [prompts] if one else prompts
-        texts: list[str | None] = []
-        ids: list[tuple[int, ...]] = []
-        for prompt in many:
-            texts.append(prompt if isinstance(prompt, str) else None)
-            tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-            if not all(type(token) is int for token in tokens):
-                raise InvalidArgumentError("a prompt must be a text or a sequence of token ids", field="prompt")
-            ids.append(tuple(tokens))
+    def _tokenize(self, prompts: object) -> tuple[list[str | None], list[tuple[int, ...]]]:
+        checked = check_prompts(prompts)
+        texts = [prompt if isinstance(prompt, str) else None for prompt in checked]
+        ids = [tuple(self.tokenizer.encode(p) if isinstance(p, str) else p) for p in checked]
         return texts, ids
 
     def _expand(self, token_ids: tuple[int, ...], params: SamplingParams, priority: int) -> list[_Generation]:
@@ -279,52 +272,40 @@ class LLM:
         live: dict[str, _Generation] = {}
         limit = engine.config.scheduler.max_num_queued
         try:
-            with _progress(len(generations), progress) as bar:
+            with GenerationBar([g.request.params.max_tokens for g in generations], progress) as bar:
                 for generation in itertools.islice(queued, limit):
                     live[generation.request.request_id] = generation
                     engine.add_request(generation.request)
                 while live:
-                    num_ended = self._take_up(engine.step(), live)
-                    for generation in itertools.islice(queued, num_ended):
+                    num_tokens, ended = self._take_up(engine.step(), live)
+                    for generation in itertools.islice(queued, len(ended)):
                         live[generation.request.request_id] = generation
                         engine.add_request(generation.request)
-                    bar.advance(num_ended)
+                    num_unused = sum(g.request.params.max_tokens - len(g.token_ids) for g in ended)
+                    bar.advance(num_tokens, len(ended), num_unused)
         finally:  # an error, or the user's interrupt: nothing may stay behind
             for request_id in live:
                 engine.abort(request_id)
             while live and engine.failure is None and engine.has_unfinished:
                 engine.step()
 
-    def _take_up(self, outputs: list[SequenceOutput], live: dict[str, _Generation]) -> int:
-        num_ended = 0
+    def _take_up(self, outputs: list[SequenceOutput], live: dict[str, _Generation]) -> tuple[int, list[_Generation]]:
+        """Give outputs to their generations; returns how many tokens came, and those that have ended."""
+        num_tokens = 0
+        ended: list[_Generation] = []
         for output in outputs:
             generation = live.get(output.request_id)
             if generation is None:
                 continue
+            before = len(generation.token_ids)
             generation.take(output)
+            num_tokens += len(generation.token_ids) - before
             if generation.finish_reason is not None:
                 if output.finish_reason is None:  # a stop string, of which the engine knows nothing
                     self._group.engine.abort(output.request_id, FinishReason.STOP)
                 del live[output.request_id]
-                num_ended += 1
-        return num_ended
-
-
-def _per_prompt(name: str, given: Any, default: Any, num_prompts: int) -> list[Any]:
-    """One value for each prompt, of one for all or a sequence of as many."""
-    if given is None:
-        given = default
-    if isinstance(given, type(default)):
-        return [given] * num_prompts
-    values = list(given)
-    if len(values) != num_prompts or not all(isinstance(value, type(default)) for value in values):
-        raise InvalidArgumentError(
-            f"{name} must be one {type(default).__name__}, or one for each of the {num_prompts} prompts",
-            field=name,
-            value=len(values),
-            limit=num_prompts,
-        )
-    return values
+                ended.append(generation)
+        return num_tokens, ended
 
 
 def _output(text: str | None, generations: Sequence[_Generation]) -> RequestOutput:
@@ -336,31 +317,3 @@ def _output(text: str | None, generations: Sequence[_Generation]) -> RequestOutp
         prompt_logprobs=first.prompt_logprobs,
         num_cached_tokens=first.num_cached_tokens,
     )
-
-
-class _Bar:
-    """Progress over sequences; silent when there is none to show."""
-
-    def __init__(self, progress: Progress | None, total: int) -> None:
-        self._progress = progress
-        self._task = progress.add_task("generating", total=total) if progress is not None else None
-
-    def __enter__(self) -> Self:
-        if self._progress is not None:
-            self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-
-    def advance(self, count: int) -> None:
-        if count and self._progress is not None and self._task is not None:
-            self._progress.advance(self._task, count)
-
-
-def _progress(total: int, show: bool | None) -> _Bar:
-    if show is False or (show is None and not sys.stderr.isatty()):
-        return _Bar(None, total)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return _Bar(Progress(*columns, console=Console(stderr=True)), total)

@@ -106,8 +106,16 @@ async def test_errors_are_the_classes_of_fuseline(cluster: LiveCluster) -> None:
                 client.complete(PROMPT, model="another")
             with pytest.raises(DeadlineExceededError, match=r"timeout|deadline"):
                 client.complete(PROMPT, FOREVER, timeout=0.2)
-            with pytest.raises(InvalidArgumentError, match="prompt"):
-                client.generate([-1])
+            for bad in (-1, 2**31, 2**70):
+                with pytest.raises(
+                    InvalidArgumentError, match=rf"prompt\[1\] is {bad}, but token ids go from 0"
+                ) as info:
+                    client.generate([1, bad])
+                assert info.value.details == {"field": "prompt", "value": str(bad), "limit": str(2**31 - 1)}
+            with pytest.raises(InvalidArgumentError, match="prompt has token id 4096, the vocabulary has 4096"):
+                client.complete([4096])
+            with pytest.raises(InvalidArgumentError, match="sampling_params must be SamplingParams, got dict"):
+                client.generate(PROMPT, {"n": 2})  # type: ignore[arg-type]
             with pytest.raises(InvalidArgumentError, match="prompt"):
                 client.generate("\udc80")
             with pytest.raises(ResourceExhaustedError):

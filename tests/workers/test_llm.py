@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -214,6 +215,13 @@ def test_bad_requests_are_refused_and_leave_nothing(demo: LLM, arguments: tuple[
     demo.group.engine.check_integrity()
 
 
+def test_what_is_of_the_wrong_type_is_named_by_its_place(demo: LLM) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"prompts\[0\] must be a text or a sequence .* got NoneType"):
+        demo.generate([None])  # type: ignore[arg-type]
+    with pytest.raises(InvalidArgumentError, match=r"sampling_params\[1\] must be SamplingParams, got dict"):
+        demo.generate(["a", "b"], [SamplingParams(), {}])  # type: ignore[list-item]
+
+
 def test_a_bad_prompt_among_good_ones_ends_all(demo: LLM) -> None:
     with pytest.raises(InvalidArgumentError):
         demo.generate([[5], [4096]], GREEDY)
@@ -264,11 +272,13 @@ def test_models_that_cannot_be_run(tmp_path: Path, tiny: Tiny) -> None:
         LLM(str(tmp_path), device="cpu")
 
 
-def test_the_progress_bar_counts_sequences(
-    demo: LLM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    demo.generate(["a", "b"], replace(GREEDY, n=2, seed=1, temperature=1.0), progress=True)
-    assert "4/4" in capsys.readouterr().err
+def test_the_progress_bar_counts_sequences_and_tokens(demo: LLM, capsys: pytest.CaptureFixture[str]) -> None:
+    params = SamplingParams(n=2, seed=1, temperature=1.0, max_tokens=5, ignore_eos=True)
+    demo.generate(["a", "b"], [params, replace(params, n=1, max_tokens=40, stop=("e",), seed=3)], progress=True)
+    told = capsys.readouterr().err
+    assert "3/3 sequences" in told
+    assert "100%" in told  # though the last one stopped before its time
+    assert re.search(r"[1-9]\d* tokens, [1-9][\d.]* tokens/s", told)
     demo.generate("a", GREEDY)
     assert capsys.readouterr().err == ""
 
