@@ -26,6 +26,7 @@ HALF_SHARED_BYTES = MULTIPROCESSOR_SHARED_BYTES // 2 - RESERVED_SHARED_BYTES
 # Of an H200, for choosing among launches; a wrong figure costs time, not results.
 BYTES_PER_S = 4.3e12
 LATENCY_S = 0.8e-6
+CTA_BYTES_PER_S = 50e9  # what one multiprocessor is trusted to take in
 MAX_SCRATCH = 256
 
 
@@ -103,7 +104,8 @@ def predicted_s(phases: Sequence[tuple[int, int]], num_clusters: int, cluster: i
         busiest = max(len(units_of(units, index, num_clusters, 0)) for index in range(num_clusters))
         mean = units / (num_clusters * sizes["LINEAR_WARPS"])
         alone_bytes = (busiest - mean) * 2 * sizes["UNIT_ROWS"] * cols / cluster
-        total += 2 * rows * cols / min(BYTES_PER_S, warps * warp_bytes_per_s) + alone_bytes / warp_bytes_per_s
+        bytes_per_s = min(BYTES_PER_S, num_clusters * cluster * CTA_BYTES_PER_S, warps * warp_bytes_per_s)
+        total += 2 * rows * cols / bytes_per_s + alone_bytes / warp_bytes_per_s
     return total
 
 
