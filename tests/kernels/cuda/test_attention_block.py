@@ -252,7 +252,7 @@ CASES = [
     (Model(heads=8, kv_heads=1, norms=True), (40, 2), Launch(cluster=4, num_clusters=1)),
     (Model(heads=11, kv_heads=1, block=32), (70, 130), Launch()),
     (Model(heads=2, kv_heads=2, dim=128, window=20), (19, 20, 21, 100), Launch()),
-    (Model(window=33, block=64), (300, 5), Launch(cluster=4)),
+    (Model(window=33), (310, 300, 5), Launch(cluster=4)),
     (Model(heads=2, kv_heads=1), (1025, 2100), Launch(cluster=4)),
     (Model(heads=2, kv_heads=1), tuple(range(1, 18)), Launch(num_clusters=1)),
 ]
