@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -284,20 +285,22 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     """The tensors of a safetensors file, from its header; reads nothing else.
 
     Raises:
-        ModelFormatError: the header is malformed, or the file is shorter or longer than it says.
+        ModelFormatError: the header is malformed, the file is shorter or longer than it says, or cannot be read.
     """
-    size = path.stat().st_size
-    with path.open("rb") as stream:
-        start = stream.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else MAX_HEADER_BYTES + 1
-        if length > MAX_HEADER_BYTES or 8 + length > size:
-            raise ModelFormatError(
-                f"{path} is truncated or not a safetensors file: no room for its header", file=path
-            )
-        try:
+    try:
+        with path.open("rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            start = stream.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else MAX_HEADER_BYTES + 1
+            if length > MAX_HEADER_BYTES or 8 + length > size:
+                raise ModelFormatError(
+                    f"{path} is truncated or not a safetensors file: no room for its header", file=path
+                )
             header = json.loads(stream.read(length))
-        except (ValueError, RecursionError) as error:
-            raise ModelFormatError(f"{path}: the header is not JSON: {error}", file=path) from error
+    except (ValueError, RecursionError) as error:
+        raise ModelFormatError(f"{path}: the header is not JSON: {error}", file=path) from error
+    except OSError as error:
+        raise ModelFormatError(f"{path} cannot be read: {error.strerror or error}", file=path) from error
     if not isinstance(header, dict):
         raise ModelFormatError(f"{path}: the header is not a JSON object", file=path)
     tensors: dict[str, TensorInfo] = {}
