@@ -24,7 +24,7 @@ from fuseline.kernels.build import LibrarySource, build_library, find_compiler
 Array = NDArray[Any]
 CUDA = Path(fuseline.__file__).parent / "kernels" / "csrc" / "cuda"
 EMULATOR = CUDA / "emulator"
-COMMON_FLAGS = ("-std=c++17", "-g1", "-fPIC", "-Wall", "-Wextra", "-DFUSELINE_EMULATE", f"-I{CUDA}")
+COMMON_FLAGS = ("-std=c++17", "-g1", "-fPIC", "-Wall", "-Wextra", "-DFUSELINE_EMULATE")
 KERNEL_FLAGS = (*COMMON_FLAGS, "-O1", "-Wno-unknown-pragmas", "-fsanitize=thread", "-x", "c++")
 
 
@@ -54,12 +54,12 @@ def load_emulator() -> ctypes.CDLL:
 
 
 @cache
-def build_kernels(name: str, *sources: Path) -> Path:
-    """A library of kernels for the emulator."""
+def build_kernels(name: str, *sources: Path, folder: Path = CUDA) -> Path:
+    """A library of kernels for the emulator, whose headers are those in ``folder``."""
     load_emulator()
-    headers = tuple(sorted(path for pattern in ("*.h", "*.cuh") for path in CUDA.rglob(pattern)))
+    headers = tuple(sorted(path for pattern in ("*.h", "*.cuh") for path in folder.rglob(pattern)))
     # Undefined symbols are the emulator's; the sanitizer's library stays out, so no -fsanitize here.
-    return build_library(LibrarySource(name, sources, headers, KERNEL_FLAGS), compiler())
+    return build_library(LibrarySource(name, sources, headers, (*KERNEL_FLAGS, f"-I{folder}")), compiler())
 
 
 class Emulation:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ import torch
 
 from fuseline.kernels.cuda.header import read_headers
 from fuseline.kernels.cuda.packing import interleave_halves, pack
-from fuseline.tests.kernels.cuda.emulation import CUDA, Array, Emulation, build_kernels, from_bf16, to_bf16
+from fuseline.tests.kernels.cuda.emulation import CUDA, Array, Broken, Emulation, build_kernels, from_bf16, to_bf16
 
 EPS = 1e-5
 
@@ -70,9 +72,10 @@ def run(
     bias: bool = True,
     repeats: int = 1,
     max_shared_bytes: int = 0,
+    library: Path | None = None,
 ) -> tuple[Array, Array]:
     """residual_out and delta_out, after ``repeats`` runs in a row on the same workspace."""
-    library = build_kernels("emulated-mlp", CUDA / "mlp.cu")
+    library = library or build_kernels("emulated-mlp", CUDA / "mlp.cu")
     header = read_headers(CUDA / "api.h")
     batch, hidden = residual.shape
     emulation = Emulation(library, seed)
@@ -168,7 +171,7 @@ def test_optional_inputs_and_a_second_launch_on_the_same_workspace(seed: int) ->
     assert close(delta_out, reference(weights, residual, bias=False))
 
 
-@pytest.mark.parametrize(("seed", "inner", "cluster"), [(0, 1600, 2), (1, 1120, 1), (2, 3200, 4)])
+@pytest.mark.parametrize(("seed", "inner", "cluster"), [(0, 1120, 2), (1, 480, 1), (2, 1600, 4)])
 def test_taking_the_activations_in_parts_changes_no_bit(seed: int, inner: int, cluster: int) -> None:
     weights = Weights.random(160, inner)
     residual, delta = stream(4, 160)
@@ -178,3 +181,27 @@ def test_taking_the_activations_in_parts_changes_no_bit(seed: int, inner: int, c
     )
     np.testing.assert_array_equal(parts[1], whole[1])
     assert close(parts[1], reference(weights, residual + delta, bias=True))
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "message"),
+    [
+        ("linear.cuh", "__syncwarp(); // what any lane sends", "races with the read of"),
+        ("linear.cuh", "owner_ = owner_ + 1 == cluster_ ? 0 : owner_ + 1;", "races with|same phase"),
+        ("activations.cuh", "    ptx::fence_proxy_async();", "without its proxy fence"),
+        ("activations.cuh", "ptx::mbarrier_wait(empty(buffer ^ 1), (now_ - 1) / 2 % 2);", "races with the read of"),
+        ("mlp.cu", "grid_barrier(static_cast<uint32_t*>(args.workspace));", "races with|nobody has written|without its proxy fence"),
+        ("mlp.cu", "ptx::grid_wait();", "races with"),
+    ],
+)
+def test_leaving_a_protection_out_is_noticed(tmp_path: Path, file: str, line: str, message: str) -> None:
+    folder = tmp_path / "cuda"
+    shutil.copytree(CUDA, folder)
+    text = (folder / file).read_text()
+    assert text.count(line) == 1
+    (folder / file).write_text(text.replace(line, "//"))
+    library = build_kernels("mutated-mlp", folder / "mlp.cu", folder=folder)
+    weights = Weights.random(64, 544)
+    residual, delta = stream(17, 64)
+    with pytest.raises(Broken, match=message):
+        run(weights, residual, delta, seed=1, num_clusters=1, max_shared_bytes=1, repeats=2, library=library)
