@@ -13,7 +13,9 @@
 
 namespace fuseline {
 
-#if defined(__AVX512F__)
+// FUSELINE_EMULATE_WIDE: vectors of AVX-512's size on any CPU, to test what depends on it.
+#if defined(__AVX512F__) || defined(FUSELINE_EMULATE_WIDE)
+#define FUSELINE_WIDE_VECTORS 1
 constexpr int kVectorBytes = 64;
 #elif defined(__AVX2__)
 constexpr int kVectorBytes = 32;
@@ -100,6 +102,12 @@ inline float widen(f16 value) {
 #endif
 }
 
+// kLanes consecutive halves as integers.
+inline u32v load_halves(const void* from) {
+    typedef uint16_t u16v __attribute__((vector_size(kVectorBytes / 2)));
+    return __builtin_convertvector(load_bytes<u16v>(from), u32v);
+}
+
 // kLanes consecutive elements, widened exactly.
 inline f32v load(const bf16* from) {
 #if defined(__AVX512F__)
@@ -109,10 +117,7 @@ inline f32v load(const bf16* from) {
     const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
     return (f32v)_mm256_slli_epi32(wide, 16);
 #else
-    u32v bits;
-    for (int lane = 0; lane < kLanes; ++lane)
-        bits[lane] = uint32_t(from[lane].bits) << 16;
-    return (f32v)bits;
+    return (f32v)(load_halves(from) << 16);
 #endif
 }
 
@@ -123,9 +128,7 @@ inline f32v load(const f16* from) {
 #elif defined(__F16C__) && defined(__AVX2__)
     return (f32v)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 #else
-    u32v bits;
-    for (int lane = 0; lane < kLanes; ++lane)
-        bits[lane] = from[lane].bits;
+    const u32v bits = load_halves(from);
     const u32v sign = (bits & 0x8000u) << 16, rest = (bits & 0x7fffu) << 13;
     const u32v scaled = (u32v)((f32v)rest * 0x1p112f);
     const u32v special = (u32v)(rest >= 0x0f800000u);
@@ -146,14 +149,14 @@ typedef float f32x4 __attribute__((vector_size(16)));
 
 // Halves added onto each other down to four lanes.
 inline f32x4 fold(f32v value) {
-#if defined(__AVX512F__)
+#if defined(FUSELINE_WIDE_VECTORS)
     typedef float f32x8 __attribute__((vector_size(32)));
     const f32x8 eight = __builtin_shufflevector(value, value, 0, 1, 2, 3, 4, 5, 6, 7) +
                         __builtin_shufflevector(value, value, 8, 9, 10, 11, 12, 13, 14, 15);
 #elif defined(__AVX2__)
     const f32v eight = value;
 #endif
-#if defined(__AVX2__)
+#if defined(FUSELINE_WIDE_VECTORS) || defined(__AVX2__)
     return __builtin_shufflevector(eight, eight, 0, 1, 2, 3) + __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
 #else
     return value;

@@ -3,62 +3,72 @@
 
 #include "linear_float.h"
 #include "linear_quantized.h"
+#include "linear_tiles.h"
 
 namespace fuseline {
 
-int64_t packed_bytes(const LinearWeight& weight, int64_t m) {
-    switch (weight.dtype) {
+namespace {
+
+struct Kernels {
+    decltype(&float_packed_bytes<float>) packed_bytes;
+    decltype(&pack_float<float>) pack;
+    decltype(&multiply_float<float>) multiply;
+    // Rows of W that a worker takes at once: what kernels like best, and what they can do with where rows are few.
+    int64_t grain, least_grain;
+};
+
+template <class T>
+constexpr Kernels kFloat{float_packed_bytes<T>, pack_float<T>, multiply_float<T>, kFloatGrain, 16};
+constexpr Kernels kTiles{tiles_packed_bytes, pack_tiles, multiply_tiles, 32, 16};
+constexpr Kernels kInt8{int8_packed_bytes, pack_int8, multiply_int8, kPanelRows, kPanelRows};
+constexpr Kernels kInt4{int4_packed_bytes, pack_int4, multiply_int4, kPanelRows, kPanelRows};
+
+const Kernels& kernels_for(DType dtype) {
+    switch (dtype) {
     case DType::bf16:
-        return float_packed_bytes<bf16>(weight.cols, m);
+        return tiles_take_bf16() ? kTiles : kFloat<bf16>;
     case DType::f16:
-        return float_packed_bytes<f16>(weight.cols, m);
+        return kFloat<f16>;
     case DType::i8:
-        return int8_packed_bytes(weight.cols, m);
+        return kInt8;
     case DType::i4:
-        return int4_packed_bytes(weight.cols, m);
+        return kInt4;
     default:
-        return float_packed_bytes<float>(weight.cols, m);
+        return kFloat<float>;
     }
 }
 
+int64_t grains_of(const LinearWeight& weight, int64_t grain) {
+    return (weight.rows + grain - 1) / grain;
+}
+
+} // namespace
+
+int64_t packed_bytes(const LinearWeight& weight, int64_t m) {
+    return kernels_for(weight.dtype).packed_bytes(weight.cols, m);
+}
+
 void pack_input(const LinearWeight& weight, const float* x, int64_t x_stride, int64_t m, Range rows, void* packed) {
-    switch (weight.dtype) {
-    case DType::bf16:
-        return pack_float<bf16>(weight, x, x_stride, m, rows, packed);
-    case DType::f16:
-        return pack_float<f16>(weight, x, x_stride, m, rows, packed);
-    case DType::i8:
-        return pack_int8(weight, x, x_stride, m, rows, packed);
-    case DType::i4:
-        return pack_int4(weight, x, x_stride, m, rows, packed);
-    default:
-        return pack_float<float>(weight, x, x_stride, m, rows, packed);
-    }
+    kernels_for(weight.dtype).pack(weight, x, x_stride, m, rows, packed);
 }
 
 void linear(const Worker& worker, const LinearWeight* parts, int num_parts, const void* packed, int64_t m, float* y,
             int64_t y_stride) {
+    const Kernels& kernels = kernels_for(parts[0].dtype);
+    int64_t all_rows = 0, grains = 0;
+    for (int part = 0; part < num_parts; ++part)
+        all_rows += parts[part].rows;
+    const int64_t grain = all_rows >= 4 * kernels.grain * worker.count ? kernels.grain : kernels.least_grain;
+    for (int part = 0; part < num_parts; ++part)
+        grains += grains_of(parts[part], grain);
+    Range mine = share(grains, 1, worker); // of all parts, counted from the part at hand
     for (int part = 0; part < num_parts; ++part) {
         const LinearWeight& weight = parts[part];
-        const bool quantized = weight.dtype == DType::i8 || weight.dtype == DType::i4;
-        const Range rows = share(weight.rows, quantized ? kPanelRows : kFloatGrain, worker);
-        switch (weight.dtype) {
-        case DType::bf16:
-            multiply_float<bf16>(weight, rows, packed, m, y, y_stride);
-            break;
-        case DType::f16:
-            multiply_float<f16>(weight, rows, packed, m, y, y_stride);
-            break;
-        case DType::i8:
-            multiply_int8(weight, rows, packed, m, y, y_stride);
-            break;
-        case DType::i4:
-            multiply_int4(weight, rows, packed, m, y, y_stride);
-            break;
-        default:
-            multiply_float<float>(weight, rows, packed, m, y, y_stride);
-            break;
-        }
+        const Range rows{std::clamp<int64_t>(mine.begin * grain, 0, weight.rows),
+                         std::clamp<int64_t>(mine.end * grain, 0, weight.rows)};
+        if (rows.size() > 0)
+            kernels.multiply(weight, rows, packed, m, y, y_stride);
+        mine = {mine.begin - grains_of(weight, grain), mine.end - grains_of(weight, grain)};
         y += weight.rows;
     }
 }

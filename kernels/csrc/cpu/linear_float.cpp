@@ -174,6 +174,8 @@ void multiply_panel(const Piece<T>& piece, int64_t rows, const float* x) {
 // The piece's rows times a panel of so many rows.
 template <class T, Walk walk>
 void multiply_panel(const Piece<T>& piece, int64_t rows, const float* x, int64_t panel_rows) {
+    if constexpr (walk == Walk::fetch) // the first of several panels
+        return multiply_panel<T, kPanel, walk>(piece, rows, x);
     switch (panel_rows) {
     case 1:
         return multiply_panel<T, 1, walk>(piece, rows, x);

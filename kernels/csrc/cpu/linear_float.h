@@ -7,7 +7,7 @@
 namespace fuseline {
 
 // Workers take rows of W in multiples of this.
-constexpr int64_t kFloatGrain = 24;
+constexpr int64_t kFloatGrain = 48;
 
 // As packed_bytes, pack_input and linear, for T = float, bf16, f16 and rows [rows.begin, rows.end) of W.
 template <class T>

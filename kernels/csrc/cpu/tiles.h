@@ -1,7 +1,8 @@
-// AMX under names of its own: eight tiles of 16 rows of 64 bytes, and products of tiles of bytes.
+// AMX under names of its own: eight tiles of 16 rows of 64 bytes, and products of tiles of bytes or of bf16.
 //
 // FUSELINE_EMULATE_TILES compiles the kernels that are made of them for any CPU, to test them where AMX is missing.
-// What they do is in Intel's Software Developer's Manual, volume 2, at LDTILECFG, TILELOADD, TDPBSSD and TILESTORED.
+// What they do is in Intel's Software Developer's Manual, volume 2, at LDTILECFG, TILELOADD, TDPBSSD, TDPBF16PS and
+// TILESTORED.
 #pragma once
 
 #include "isa.h"
@@ -64,6 +65,21 @@ class Tiles {
             std::memcpy(tile(Sum) + row * kTileBytes, sums, sizeof sums);
         }
     }
+    // The same for floats of 16 bits into floats: sum[i][j] += a[i][2 k + l] b[k][2 j + l].
+    template <int Sum, int A, int B>
+    void multiply_bf16() {
+        for (int64_t row = 0; row < kTileRows; ++row) {
+            float sums[kTileRows];
+            std::memcpy(sums, tile(Sum) + row * kTileBytes, sizeof sums);
+            const auto* a = reinterpret_cast<const bf16*>(tile(A) + row * kTileBytes);
+            for (int64_t k = 0; k < kTileBytes / 2; ++k) {
+                const auto* b = reinterpret_cast<const bf16*>(tile(B) + k / 2 * kTileBytes) + k % 2;
+                for (int64_t col = 0; col < kTileRows; ++col)
+                    sums[col] += widen(a[k]) * widen(b[2 * col]);
+            }
+            std::memcpy(tile(Sum) + row * kTileBytes, sums, sizeof sums);
+        }
+    }
 };
 
 #else
@@ -106,6 +122,10 @@ class Tiles {
     template <int Sum, int A, int B>
     void multiply() {
         asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(Sum), "i"(A), "i"(B));
+    }
+    template <int Sum, int A, int B>
+    void multiply_bf16() {
+        asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(Sum), "i"(A), "i"(B));
     }
 };
 

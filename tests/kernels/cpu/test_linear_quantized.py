@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from dataclasses import replace
 
 import pytest
@@ -11,39 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fuseline.kernels.build import LibrarySource, build_library, find_compiler
-from fuseline.kernels.cpu.library import LEVELS, SOURCE_FOLDER, library_source, load_library, supports
 from fuseline.kernels.cpu.linear import describe_weight, linear
 from fuseline.kernels.errors import KernelArgumentError
 from fuseline.kernels.quantized import QuantizedWeight, tensor_layout
 from fuseline.kernels.reference import quantized as reference
 
 Tensor = torch.Tensor
-EMULATED = {
-    "vnni, emulated": ("-DFUSELINE_EMULATE_DOT4",),
-    "amx, emulated": ("-DFUSELINE_EMULATE_DOT4", "-DFUSELINE_EMULATE_TILES"),
-}
-FORCED = os.environ.get("FUSELINE_CPU_ISA")
 FORMATS = [(8, 0, False), (4, 32, True), (4, 32, False), (4, 64, True), (4, 128, True)]
-
-
-def build_emulated(flags: tuple[str, ...]) -> ctypes.CDLL:
-    whole = library_source("portable", frozenset())
-    names = ("linear.cpp", "linear_int4.cpp", "linear_int8.cpp", "team.cpp")
-    sources = tuple(SOURCE_FOLDER / name for name in names)
-    flags = (*whole.flags, "-O1", "-Wno-psabi", *flags)
-    source = LibrarySource("fuseline_cpu_emulated", sources, whole.headers, flags, whole.link_flags)
-    return ctypes.CDLL(str(build_library(source, find_compiler(os.environ.get("CXX", ""), "g++", "c++"))))
-
-
-@pytest.fixture(params=[*([FORCED] if FORCED else LEVELS), *EMULATED], scope="session")
-def quantized_library(request: pytest.FixtureRequest) -> ctypes.CDLL:
-    """As ``library``, and the kernels made of instructions that this CPU lacks, in plain C++."""
-    if request.param in EMULATED:
-        return build_emulated(EMULATED[request.param])
-    if not supports(request.param):
-        pytest.skip(f"this CPU has no {request.param}")
-    return load_library(request.param)
 
 
 def random_weight(bits: int, rows: int, cols: int, group: int, zeros: bool, order: bool = False) -> QuantizedWeight:
@@ -94,7 +67,7 @@ def int8_result(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tens
     seed=st.integers(0, 2**31),
 )
 def test_agrees_with_the_definition(
-    quantized_library: ctypes.CDLL,
+    linear_library: ctypes.CDLL,
     m: int,
     rows: int,
     cols: int,
@@ -108,8 +81,8 @@ def test_agrees_with_the_definition(
     weight = random_weight(form[0], rows, cols, *form[1:], order=with_order)
     x = random_input(m, cols)
     bias = torch.randn(rows) if with_bias else None
-    assert quantized_library.fl_cpu_team_resize(threads, None) == 0
-    result = linear(quantized_library, x, [weight], [bias])
+    assert linear_library.fl_cpu_team_resize(threads, None) == 0
+    result = linear(linear_library, x, [weight], [bias])
     if weight.bits == 8:
         assert torch.equal(result, int8_result(x, weight, bias))
         return
@@ -125,34 +98,34 @@ def test_agrees_with_the_definition(
 
 @pytest.mark.parametrize("form", FORMATS, ids=str)
 def test_a_row_does_not_depend_on_its_batch_its_place_or_the_threads(
-    quantized_library: ctypes.CDLL, form: tuple[int, int, bool]
+    linear_library: ctypes.CDLL, form: tuple[int, int, bool]
 ) -> None:
     torch.manual_seed(0)
     weight, x = random_weight(form[0], 100, 333, *form[1:]), random_input(71, 333)
-    quantized_library.fl_cpu_team_resize(1, None)
-    alone = torch.cat([linear(quantized_library, row[None], [weight]) for row in x])
+    linear_library.fl_cpu_team_resize(1, None)
+    alone = torch.cat([linear(linear_library, row[None], [weight]) for row in x])
     for threads in (1, 2, 3):
-        quantized_library.fl_cpu_team_resize(threads, None)
+        linear_library.fl_cpu_team_resize(threads, None)
         for first, end in ((0, 71), (5, 71), (1, 3), (7, 10), (13, 64), (2, 7)):
-            assert torch.equal(linear(quantized_library, x[first:end], [weight]), alone[first:end])
+            assert torch.equal(linear(linear_library, x[first:end], [weight]), alone[first:end])
 
 
 @pytest.mark.parametrize("form", [FORMATS[0], FORMATS[1]], ids=str)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_a_row_that_is_not_finite_spoils_no_other(
-    quantized_library: ctypes.CDLL, form: tuple[int, int, bool], bad: float
+    linear_library: ctypes.CDLL, form: tuple[int, int, bool], bad: float
 ) -> None:
     torch.manual_seed(0)
     weight, x = random_weight(form[0], 20, 96, *form[1:]), random_input(9, 96)
-    expected = linear(quantized_library, x, [weight])
+    expected = linear(linear_library, x, [weight])
     x[4, 77] = bad
-    result = linear(quantized_library, x, [weight])
+    result = linear(linear_library, x, [weight])
     assert result[4].isnan().all()
     kept = [row for row in range(9) if row != 4]
     assert torch.equal(result[kept], expected[kept])
 
 
-def test_the_largest_integers_do_not_overflow(quantized_library: ctypes.CDLL) -> None:
+def test_the_largest_integers_do_not_overflow(linear_library: ctypes.CDLL) -> None:
     for bits, group, q in ((8, 0, -128), (8, 0, 127), (4, 32, 15)):
         weight = random_weight(bits, 16, 4096, group, zeros=bits == 4)
         dtype = torch.int8 if bits == 8 else torch.uint8
@@ -163,7 +136,7 @@ def test_the_largest_integers_do_not_overflow(quantized_library: ctypes.CDLL) ->
             ones = torch.ones(16, 128)
             reference.pack_int4(integers, ones.half(), torch.zeros(16, 128, dtype=torch.uint8), weight)
         for m in (1, 3, 33):
-            result = linear(quantized_library, torch.full((m, 4096), -127.0), [weight])
+            result = linear(linear_library, torch.full((m, 4096), -127.0), [weight])
             assert torch.equal(result, torch.full((m, 16), -127.0 * q * 4096))
 
 
