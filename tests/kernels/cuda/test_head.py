@@ -99,8 +99,16 @@ def test_logits_match_float64_and_candidates_the_logits(
     norm, weight = draw(vocab, hidden)
     rng = np.random.default_rng(batch)
     residual, delta = (rng.standard_normal((batch, hidden)).astype(np.float32) for _ in range(2))
-    shape = {"cluster": cluster, "num_clusters": num_clusters, "num_candidates": num_candidates}
-    logits, best, found = run(norm, weight, residual, delta, seed=batch, **shape)
+    logits, best, found = run(
+        norm,
+        weight,
+        residual,
+        delta,
+        seed=batch,
+        cluster=cluster,
+        num_clusters=num_clusters,
+        num_candidates=num_candidates,
+    )
     h = residual.astype(np.float64) + delta
     normed = h / np.sqrt((h**2).mean(-1, keepdims=True) + EPS) * from_bf16(norm)
     expected = normed @ from_bf16(weight).astype(np.float64).T

@@ -142,8 +142,9 @@ def close(actual: Array, expected: Array) -> bool:
 def test_matches_float64(batch: int, hidden: int, inner: int, cluster: int, num_clusters: int, stages: int) -> None:
     weights = Weights.random(hidden, inner)
     residual, delta = stream(batch, hidden)
-    shape = {"cluster": cluster, "num_clusters": num_clusters, "stages": stages}
-    residual_out, delta_out = run(weights, residual, delta, seed=batch, **shape)
+    residual_out, delta_out = run(
+        weights, residual, delta, seed=batch, cluster=cluster, num_clusters=num_clusters, stages=stages
+    )
     np.testing.assert_array_equal(residual_out, residual + delta)
     assert close(delta_out, reference(weights, residual + delta, bias=True))
 
