@@ -26,9 +26,10 @@ from ..runtime.errors import (
     FuselineError,
     InvalidArgumentError,
     UnavailableError,
+    make_error,
 )
 from ..runtime.sampling_params import SamplingParams
-from ..workers.grpc_errors import error_from_rpc, make_error
+from ..workers.grpc_errors import error_from_rpc, is_being_cancelled
 from ..workers.grpc_options import CHANNEL_OPTIONS
 from ..workers.prompts import Prompt
 from .generation import (
@@ -373,8 +374,7 @@ def _cancelled_here(reason: str) -> Iterator[None]:
     try:
         yield
     except asyncio.CancelledError:
-        task = asyncio.current_task()
-        if task is not None and task.cancelling():
+        if is_being_cancelled():
             raise
         raise CancelledError(reason) from None
 

@@ -20,11 +20,11 @@ from ray.util import list_named_actors, placement_group_table
 from ray.util.placement_group import get_placement_group, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from ..runtime.errors import FuselineError, UnavailableError
+from ..runtime.errors import UnavailableError
 from ..runtime.role import WorkerRole
 from .cluster_config import ClusterConfig
 from .controller import Controller
-from .messages import Count, Done, ReplicaReport, WorkerSpec, pack, unpack
+from .messages import Count, Done, ReplicaReport, WorkerSpec, answer, pack, unpack
 from .placement import STRATEGY, Resources, place
 from .ray_errors import in_short
 from .reconcile import Target
@@ -51,35 +51,25 @@ class ControllerActor:
 
     async def status(self, version: int, timeout_s: float) -> bytes:
         """See ``Controller.status``."""
-        return await _answer(self._controller.status(version, timeout_s))
+        return await answer(self._controller.status(version, timeout_s))
 
     async def watch(self, version: int, timeout_s: float) -> bytes:
         """See ``Controller.watch``."""
-        return await _answer(self._controller.watch(version, timeout_s))
+        return await answer(self._controller.watch(version, timeout_s))
 
     async def set_target(self, target: bytes) -> bytes:
         """See ``Controller.set_target``."""
-        return await _answer(self._controller.set_target(unpack(target, Target)))
+        return await answer(self._controller.set_target(unpack(target, Target)))
 
     async def drain(self, worker_id: str, timeout_s: float) -> bytes:
         """See ``Controller.drain``."""
-        return await _answer(self._controller.drain(worker_id, timeout_s))
+        return await answer(self._controller.drain(worker_id, timeout_s))
 
     async def close(self) -> bytes:
         """See ``Controller.close``; nothing of the cluster is left in Ray afterwards but this actor."""
-        answer = await _answer(self._controller.close())
+        closed = await answer(self._controller.close())
         self._store.delete()
-        return answer
-
-
-async def _answer(call: Awaitable[object]) -> bytes:
-    try:
-        result = await call
-    except FuselineError as error:
-        return pack(error)
-    if result is None:
-        return pack(Done())
-    return pack(Count(result) if isinstance(result, int) else result)
+        return closed
 
 
 def _ended(loop: asyncio.Task[None]) -> None:
@@ -216,14 +206,14 @@ def _demand(resources: Resources) -> dict[str, float]:
     return {**demand, "GPU": float(resources.gpus)} if resources.gpus else demand
 
 
-async def _ask(answer: Awaitable[bytes]) -> bytes:
+async def _ask(call: Awaitable[bytes]) -> bytes:
     """The answer of an actor.
 
     Raises:
         UnavailableError: it died, or never came to life, and why as far as Ray knows.
     """
     try:
-        return await answer
+        return await call
     except RayActorError as error:
         raise UnavailableError(in_short(error)) from error
     except RayError as error:

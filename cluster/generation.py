@@ -154,7 +154,7 @@ def chunk_from_wire(message: inference_pb2.GenerateResponse) -> GenerateChunk:
         logprobs=piece.logprobs,
         prompt_logprobs=piece.prompt_logprobs,
         finish_reason=piece.finish_reason,
-        summary=_summary_from_wire(message.summary) if message.HasField("summary") else None,
+        summary=wire.copied(GenerateSummary, message.summary) if message.HasField("summary") else None,
     )
 
 
@@ -214,19 +214,3 @@ class _Collected:
             finish_reason=last.finish_reason,
             summary=last.summary,
         )
-
-
-def _summary_from_wire(message: inference_pb2.GenerateSummary) -> GenerateSummary:
-    return GenerateSummary(
-        num_prompt_tokens=message.num_prompt_tokens,
-        num_output_tokens=message.num_output_tokens,
-        num_cached_tokens=message.num_cached_tokens,
-        queue_s=message.queue_s,
-        ttft_s=message.ttft_s,
-        tpot_s=message.tpot_s,
-        e2e_s=message.e2e_s,
-        prefill_worker=message.prefill_worker,
-        decode_worker=message.decode_worker,
-        num_retries=message.num_retries,
-        stop_reason=message.stop_reason,
-    )

@@ -6,14 +6,13 @@ that typed errors arrive as what they were and nothing is ever unpickled.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
 from ..collectives.messages import MessageCodec
-from ..runtime.errors import ErrorCode, FuselineError, InvalidArgumentError
+from ..runtime.errors import ErrorCode, FuselineError, InvalidArgumentError, make_error
 from ..runtime.role import WorkerRole
-from ..workers.grpc_errors import make_error
 from .cluster_config import ClusterConfig
 from .membership import MembershipView, ReplicaState
 from .reconcile import Slot, Target
@@ -139,6 +138,17 @@ def pack(message: object) -> bytes:
     if isinstance(message, FuselineError):
         message = Failure(message.code, message.message, message.details)
     return _CODEC.encode(message)
+
+
+async def answer(call: Awaitable[object]) -> bytes:
+    """What an actor's method gives back: the packed result of ``call``, a number as ``Count``, or its error."""
+    try:
+        result = await call
+    except FuselineError as error:
+        return pack(error)
+    if result is None:
+        return pack(Done())
+    return pack(Count(result) if isinstance(result, int) else result)
 
 
 def unpack(data: bytes, kind: type[T]) -> T:

@@ -37,10 +37,11 @@ from ..runtime.errors import (
     InternalError,
     ResourceExhaustedError,
     UnavailableError,
+    make_error,
 )
 from ..runtime.request import Request
 from ..workers import wire
-from ..workers.grpc_errors import error_from_rpc, make_error
+from ..workers.grpc_errors import error_from_rpc, is_being_cancelled
 from .dispatcher import Dispatcher, WaitedTooLongError
 from .router import RoutingQuery
 from .worker_pool import Assignment
@@ -110,8 +111,7 @@ class _Leg:
         except grpc.RpcError as error:
             raise _LegError(self.worker_id, self._typed(error)) from None
         except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
+            if is_being_cancelled():
                 raise
             lost = UnavailableError(f"the connection to worker {self.worker_id} was closed", worker_id=self.worker_id)
             raise _LegError(self.worker_id, lost) from None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ..proto.fuseline.v1 import cluster_pb2, worker_pb2
 from ..runtime.errors import InvalidArgumentError
 from ..runtime.role import WorkerRole
+from ..workers.wire import copied
 
 _ROLES = {
     WorkerRole.PREFILL: worker_pb2.WORKER_ROLE_PREFILL,
@@ -154,25 +155,8 @@ def _replica_from_wire(message: cluster_pb2.ReplicaStatus) -> ReplicaStatus:
         pids=tuple(message.pids),
         num_restarts=message.num_restarts,
         age_s=message.age_s,
-        load=_load_from_wire(message.snapshot) if message.HasField("snapshot") else None,
+        load=copied(ReplicaLoad, message.snapshot) if message.HasField("snapshot") else None,
         message=message.message,
         loaded_bytes=message.loaded_bytes,
         total_bytes=message.total_bytes,
-    )
-
-
-def _load_from_wire(message: worker_pb2.WorkerSnapshot) -> ReplicaLoad:
-    return ReplicaLoad(
-        num_running=message.num_running,
-        num_waiting=message.num_waiting,
-        num_queued_tokens=message.num_queued_tokens,
-        num_total_blocks=message.num_total_blocks,
-        num_free_blocks=message.num_free_blocks,
-        num_finished=message.num_finished,
-        num_preemptions=message.num_preemptions,
-        num_generated_tokens=message.num_generated_tokens,
-        num_prefix_cache_hit_tokens=message.num_prefix_cache_hit_tokens,
-        num_prefix_cache_query_tokens=message.num_prefix_cache_query_tokens,
-        num_leaked_blocks=message.num_leaked_blocks,
-        step_time_s=message.step_time_s,
     )

@@ -12,9 +12,9 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.util.placement_group import PlacementGroup, get_current_placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from ..runtime.errors import FuselineError, InternalError, UnavailableError
+from ..runtime.errors import InternalError
 from ..runtime.role import WorkerRole
-from .messages import Count, Done, WorkerSpec, pack, unpack
+from .messages import WorkerSpec, answer, unpack
 from .placement import place
 from .worker_host import HostedWorker, WorkerHost
 
@@ -131,41 +131,23 @@ class WorkerActor:
 
     async def report(self, version: int) -> bytes:
         """See ``WorkerHost.report``."""
-        try:
-            return pack(await self._host.report(version))
-        except FuselineError as error:
-            return pack(error)
+        return await answer(self._host.report(version))
 
     async def set_role(self, role: str) -> bytes:
         """See ``WorkerHost.set_role``."""
-        try:
-            await self._host.set_role(WorkerRole(role))
-        except FuselineError as error:
-            return pack(error)
-        return pack(Done())
+        return await answer(self._host.set_role(WorkerRole(role)))
 
     async def drain(self) -> bytes:
         """See ``WorkerHost.drain``."""
-        try:
-            await self._host.drain()
-        except FuselineError as error:
-            return pack(error)
-        return pack(Done())
+        return await answer(self._host.drain())
 
     async def load(self) -> bytes:
         """See ``WorkerHost.load``."""
-        try:
-            return pack(Count(await self._host.load()))
-        except FuselineError as error:
-            return pack(error)
+        return await answer(self._host.load())
 
     async def stop(self) -> bytes:
         """See ``WorkerHost.stop``; the process is then the caller's to kill."""
-        try:
-            await self._host.stop()
-        except UnavailableError as error:
-            return pack(error)
-        return pack(Done())
+        return await answer(self._host.stop())
 
     async def _end_without_controller(self) -> None:
         """A worker outlives its controller's crash, but not the cluster's end, however that came about."""

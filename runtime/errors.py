@@ -6,6 +6,7 @@ of its own; ``details`` carries the offending field, value and limit as strings.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
 
 
@@ -102,3 +103,10 @@ class InternalError(FuselineError):
 
 ERROR_TYPES: dict[ErrorCode, type[FuselineError]] = {kind.code: kind for kind in FuselineError.__subclasses__()}
 """The error of each code, for the far end of a wire."""
+
+
+def make_error(code: ErrorCode, message: str, details: Mapping[str, str] | None = None) -> FuselineError:
+    """An error of the class that ``code`` belongs to; ``details`` may come from a peer and have any names."""
+    error = ERROR_TYPES[code](message)
+    error.details.update(details or {})
+    return error

@@ -19,7 +19,7 @@ from typing import Protocol, TypeVar
 
 from ..collectives.kv_transfer import TransferSummary
 from ..collectives.step_channel import StepChannel
-from ..runtime.errors import FuselineError, InternalError, UnavailableError
+from ..runtime.errors import FuselineError, InternalError, UnavailableError, make_error
 from ..runtime.handoff import KvReservation, Provenance
 from ..runtime.plan import StepPlan, StepResult
 from .calls import CallBook, nothing, total_summary
@@ -201,7 +201,7 @@ class GroupExecutor:
     def _raise_failure(self) -> None:
         failure = self._failure
         if failure is not None:
-            raise type(failure)(failure.message, **failure.details) from failure
+            raise make_error(failure.code, failure.message, failure.details) from failure
         if self._closed:
             raise UnavailableError("the group is closed")
 

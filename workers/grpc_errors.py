@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, NoReturn
 
@@ -20,12 +20,12 @@ from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
 from ..runtime.errors import (
-    ERROR_TYPES,
     ErrorCode,
     FuselineError,
     InternalError,
     InvalidArgumentError,
     UnavailableError,
+    make_error,
 )
 
 DOMAIN = "fuseline"
@@ -46,13 +46,6 @@ _FOREIGN_CODES = {
     grpc.StatusCode.PERMISSION_DENIED: ErrorCode.FAILED_PRECONDITION,
     grpc.StatusCode.UNKNOWN: ErrorCode.INTERNAL,
 }
-
-
-def make_error(code: ErrorCode, message: str, details: Mapping[str, str] | None = None) -> FuselineError:
-    """An error of the class that ``code`` belongs to; ``details`` may come from a peer and have any names."""
-    error = ERROR_TYPES[code](message)
-    error.details.update(details or {})
-    return error
 
 
 def status_of(error: FuselineError) -> status_pb2.Status:
@@ -93,6 +86,12 @@ def error_from_rpc(error: grpc.RpcError) -> FuselineError:
     return make_error(known, message or code.name, details)
 
 
+def is_being_cancelled() -> bool:
+    """Whether a cancellation that this task sees is its own, and not that of a call or future that it waits for."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
 @asynccontextmanager
 async def answering(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[None]:
     """Around the body of an asyncio handler: a FuselineError ends the call with its status.
@@ -108,8 +107,7 @@ async def answering(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterato
     except grpc.aio.AbortError:
         raise
     except asyncio.CancelledError:
-        task = asyncio.current_task()
-        if task is None or task.cancelling():
+        if is_being_cancelled():
             raise
         await _abort(context, UnavailableError("something that the request needs was cancelled"))
     except Exception:

@@ -12,7 +12,7 @@ from typing import get_args
 from ..collectives.kv_transfer import TransferSummary
 from ..collectives.messages import MessageCodec
 from ..runtime.config import CacheConfig, ModelInfo, SchedulerConfig
-from ..runtime.errors import ERROR_TYPES, ErrorCode, FuselineError
+from ..runtime.errors import ErrorCode, FuselineError, make_error
 from ..runtime.handoff import KvReservation, Provenance
 from ..runtime.plan import StepPlan, StepResult
 from ..runtime.sharding import ParallelConfig
@@ -214,6 +214,4 @@ def failure_of(error: FuselineError) -> RankFailure:
 
 def error_of(failure: RankFailure, where: str) -> FuselineError:
     """The typed error that a rank reported; ``where`` goes in front of its message."""
-    error = ERROR_TYPES[failure.code](f"{where}: {failure.message}")
-    error.details.update(failure.details)
-    return error
+    return make_error(failure.code, f"{where}: {failure.message}", failure.details)

@@ -6,9 +6,8 @@ import asyncio
 from collections.abc import Awaitable, Sequence
 from typing import TypeVar
 
-from ..runtime.errors import ErrorCode, FuselineError, InternalError
+from ..runtime.errors import ErrorCode, FuselineError, InternalError, make_error
 from ..runtime.request import FinishReason, SequenceOutput
-from .grpc_errors import make_error
 
 T = TypeVar("T")
 

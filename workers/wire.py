@@ -7,8 +7,11 @@ also validates. Both raise ``InvalidArgumentError`` naming the field when a valu
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
+
+from google.protobuf.message import Message
 
 from ..proto.fuseline.v1 import common_pb2, worker_pb2
 from ..runtime.errors import ErrorCode, InvalidArgumentError
@@ -17,6 +20,7 @@ from ..runtime.request import FinishReason, Phase, Request, SequenceOutput, Toke
 from ..runtime.sampling_params import MAX_SEED, SamplingParams
 from ..runtime.sharding import KvRange
 
+T = TypeVar("T")
 MAX_RESERVATION_ID_CHARS = 64
 MAX_ENDPOINTS = 4096  # ranks of one group: 64 tensor x 64 pipeline
 MAX_TOKEN_ID = 2**31 - 1  # token ids are int32 everywhere behind the wire
@@ -48,6 +52,12 @@ _FINISH_TO_WIRE = {
     FinishReason.ERROR: common_pb2.FINISH_REASON_ERROR,
 }
 _FINISH_FROM_WIRE: dict[int, FinishReason | None] = {value: reason for reason, value in _FINISH_TO_WIRE.items()}
+
+
+def copied(kind: type[T], message: Message) -> T:
+    """A dataclass made of a message's fields of the same names and types; the message must have all of them."""
+    fields = dataclasses.fields(kind)  # type: ignore[arg-type]  # there is no name for what all dataclasses have
+    return kind(**{field.name: getattr(message, field.name) for field in fields})
 
 
 def sampling_params_to_wire(params: SamplingParams) -> common_pb2.SamplingParams:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import grpc
 import grpc.aio
 
-from fuseline.cluster.membership import ReplicaInfo, ReplicaState
+from fuseline.cluster.membership import ReplicaInfo, ReplicaState, StaticMembership
+from fuseline.cluster.worker_pool import WorkerPool
 from fuseline.proto.fuseline.v1 import common_pb2, worker_pb2, worker_pb2_grpc
 from fuseline.runtime.role import WorkerRole
 from fuseline.tests.timing import PROMPTLY_S
@@ -123,3 +125,17 @@ async def until(condition: Callable[[], bool], timeout_s: float = PROMPTLY_S) ->
     async with asyncio.timeout(timeout_s):
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.005)
+
+
+@asynccontextmanager
+async def following(*workers: ScriptedWorker) -> AsyncIterator[tuple[WorkerPool, StaticMembership]]:
+    """The workers at work, and a pool that has heard of all of them."""
+    async with AsyncExitStack() as stack:
+        for worker in workers:
+            await stack.enter_async_context(worker)
+        membership = StaticMembership(worker.info for worker in workers)
+        pool = WorkerPool(membership)
+        stack.push_async_callback(pool.close)
+        pool.start()
+        await until(lambda: len(pool.replicas()) == len(workers))
+        yield pool, membership

@@ -3,35 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import pytest
 
 from fuseline.cluster.dispatcher import Dispatcher, WaitedTooLongError
-from fuseline.cluster.membership import StaticMembership
 from fuseline.cluster.router import ReplicaSnapshot, Router, RoutingQuery
 from fuseline.cluster.worker_pool import WorkerPool
 from fuseline.proto.fuseline.v1 import worker_pb2
 from fuseline.runtime.errors import ResourceExhaustedError, UnavailableError
 from fuseline.runtime.role import WorkerRole
-from fuseline.tests.cluster.scripted_worker import ScriptedWorker, output, until
+from fuseline.tests.cluster.scripted_worker import ScriptedWorker, following, output, until
 
 QUERY = RoutingQuery(num_prompt_tokens=100, max_tokens=10)  # takes 7 blocks
-
-
-@asynccontextmanager
-async def following(*workers: ScriptedWorker) -> AsyncIterator[tuple[WorkerPool, StaticMembership]]:
-    async with AsyncExitStack() as stack:
-        for worker in workers:
-            await stack.enter_async_context(worker)
-        membership = StaticMembership(worker.info for worker in workers)
-        pool = WorkerPool(membership)
-        stack.push_async_callback(pool.close)
-        pool.start()
-        await until(lambda: len(pool.replicas()) == len(workers))
-        yield pool, membership
 
 
 def prefill(worker_id: str = "p", **snapshot: Any) -> ScriptedWorker:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from fuseline.runtime.errors import DeadlineExceededError, FuselineError, Intern
 from fuseline.runtime.request import Request
 from fuseline.runtime.role import WorkerRole
 from fuseline.runtime.sampling_params import SamplingParams
-from fuseline.tests.cluster.scripted_worker import ScriptedWorker, first_token, output, reserved, until
+from fuseline.tests.cluster.scripted_worker import ScriptedWorker, first_token, following, output, reserved, until
 
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
 CANCELLED = grpc.StatusCode.CANCELLED
@@ -48,14 +48,7 @@ class Cluster:
 
 @asynccontextmanager
 async def cluster(*workers: ScriptedWorker) -> AsyncIterator[Cluster]:
-    async with AsyncExitStack() as stack:
-        for worker in workers:
-            await stack.enter_async_context(worker)
-        membership = StaticMembership(worker.info for worker in workers)
-        pool = WorkerPool(membership)
-        stack.push_async_callback(pool.close)
-        pool.start()
-        await until(lambda: len(pool.replicas()) == len(workers))
+    async with following(*workers) as (pool, membership):
         yield Cluster(pool, membership)
 
 

@@ -63,10 +63,15 @@ def edit_header(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], 
     return edit
 
 
+def put_a_directory(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
 NORM = "model.layers.1.input_layernorm.weight"
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (lambda path: path.write_bytes(b""), "truncated"),
-    "a directory": (lambda path: (path.unlink(), path.mkdir()), "cannot be read: Is a directory"),
+    "a directory": (put_a_directory, "cannot be read: Is a directory"),
     "truncated": (truncate, "truncated"),
     "header cut": (cut_into_header, "truncated"),
     "other format": (not_safetensors, "not a safetensors file"),

@@ -15,9 +15,9 @@ from google.rpc import error_details_pb2, status_pb2
 
 from fuseline.proto.fuseline.v1 import worker_pb2, worker_pb2_grpc
 from fuseline.runtime import errors
-from fuseline.runtime.errors import ErrorCode, FuselineError
+from fuseline.runtime.errors import ErrorCode, FuselineError, make_error
 from fuseline.workers import grpc_errors
-from fuseline.workers.grpc_errors import DETAILS_KEY, answering, answering_sync, error_from_rpc, make_error
+from fuseline.workers.grpc_errors import DETAILS_KEY, answering, answering_sync, error_from_rpc
 
 CLASSES = [cls for cls in vars(errors).values() if isinstance(cls, type) and issubclass(cls, FuselineError)][
     1:

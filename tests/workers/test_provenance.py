@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from dataclasses import replace
 
 import grpc
 import grpc.aio
 import pytest
-import pytest_asyncio
 
 from fuseline.proto.fuseline.v1 import kv_transfer_pb2
 from fuseline.runtime.errors import (
@@ -20,7 +18,6 @@ from fuseline.runtime.errors import (
 )
 from fuseline.runtime.handoff import Provenance, token_prefix_hash
 from fuseline.runtime.request import Request
-from fuseline.runtime.role import WorkerRole
 from fuseline.tests.workers.kv_proxy import kv_proxy, through
 from fuseline.tests.workers.worker_cases import (
     Decoding,
@@ -32,23 +29,10 @@ from fuseline.tests.workers.worker_cases import (
     make_request,
     open_decode,
     open_prefill,
-    worker,
 )
 from fuseline.workers.grpc_errors import error_from_rpc
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def prefill() -> AsyncIterator[Worker]:
-    async with worker(WorkerRole.PREFILL, max_num_batched_tokens=64) as started:
-        yield started
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def decode() -> AsyncIterator[Worker]:
-    async with worker(WorkerRole.DECODE, handoff_timeout_s=20) as started:
-        yield started
 
 
 async def failures(*workers: Worker) -> list[int]:

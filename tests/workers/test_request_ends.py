@@ -6,12 +6,10 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import AsyncIterator
 
 import grpc
 import grpc.aio
 import pytest
-import pytest_asyncio
 from grpc_health.v1 import health_pb2
 
 from fuseline.proto.fuseline.v1 import worker_pb2
@@ -40,18 +38,6 @@ from fuseline.workers import wire
 from fuseline.workers.grpc_errors import error_from_rpc
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def prefill() -> AsyncIterator[Worker]:
-    async with worker(WorkerRole.PREFILL, max_num_batched_tokens=64) as started:
-        yield started
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def decode() -> AsyncIterator[Worker]:
-    async with worker(WorkerRole.DECODE, handoff_timeout_s=20) as started:
-        yield started
 
 
 async def test_cancel_before_the_reservation(decode: Worker) -> None:

@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fuseline.proto.fuseline.v1 import common_pb2, worker_pb2
+from fuseline.cluster.generation import GenerateSummary
+from fuseline.cluster.status import ReplicaLoad
+from fuseline.proto.fuseline.v1 import common_pb2, inference_pb2, worker_pb2
 from fuseline.runtime.errors import ErrorCode, InvalidArgumentError
 from fuseline.runtime.handoff import KvReservation, Provenance, RankEndpoint
 from fuseline.runtime.request import FinishReason, Phase, Request, SequenceOutput, TokenLogprobs
@@ -261,3 +263,18 @@ def test_finish_reasons_map_one_to_one() -> None:
 def test_an_unknown_error_code_is_internal() -> None:
     assert wire.error_code_from_wire("TEAPOT") is ErrorCode.INTERNAL
     assert wire.error_code_from_wire("DATA_LOSS") is ErrorCode.DATA_LOSS
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [(GenerateSummary, inference_pb2.GenerateSummary()), (ReplicaLoad, worker_pb2.WorkerSnapshot())],
+)
+def test_what_is_copied_field_by_field_has_the_same_names_and_types(kind: type, message: Any) -> None:
+    for index, field in enumerate(message.DESCRIPTOR.fields, start=1):
+        if not field.is_repeated and field.enum_type is None:
+            setattr(message, field.name, type(getattr(message, field.name))(index))
+    copied: Any = wire.copied(kind, message)
+    for field in dataclasses.fields(kind):
+        value = getattr(copied, field.name)
+        assert value == getattr(message, field.name)
+        assert type(value).__name__ == field.type
