@@ -28,7 +28,7 @@ def library(request: pytest.FixtureRequest) -> ctypes.CDLL:
     return load_library(request.param)
 
 
-@pytest.fixture(params=[*TESTED, *EMULATED], scope="session")
+@pytest.fixture(params=TESTED if FORCED else [*TESTED, *EMULATED], scope="session")
 def linear_library(request: pytest.FixtureRequest) -> ctypes.CDLL:
     """As ``library``, or only the linear layers of it, emulated."""
     if request.param not in EMULATED:
