@@ -20,6 +20,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import statistics
 import sys
 import time
@@ -132,6 +133,7 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="keep the cells of the run before")
     parser.add_argument("--json", type=Path, help="write everything here as well")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the cell under way must not outlive this
     arguments.work = arguments.work.absolute()
     laboratory = Laboratory(
         arguments.work, find_pythons(arguments.peer, arguments.venvs), arguments.timeout, resume=arguments.resume
