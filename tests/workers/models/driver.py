@@ -22,6 +22,7 @@ from fuseline.collectives.communicator import (
     SoloCommunicator,
     make_communicators,
 )
+from fuseline.kernels.cpu.threads import set_num_threads
 from fuseline.runtime.sharding import ParallelConfig
 from fuseline.workers.forward_batch import ForwardBatch, ForwardBuffers
 from fuseline.workers.loader import load_model
@@ -156,6 +157,7 @@ def run_group(
     quantization: str = "auto",
 ) -> Iterator[Driver]:
     """Load the checkpoint on ``tp * pp`` ranks of this process, joined by real communicators."""
+    set_num_threads(1)  # ranks that wait for one another cannot take turns with a larger team
     parallel = ParallelConfig(tp, pp)
     config = load_model_config(path)
     store = CommunicatorStore() if parallel.world_size > 1 else None
