@@ -16,24 +16,32 @@ namespace {
 
 constexpr int64_t kWordBytes = 256;
 
-// Exchanges that a warp of any CTA owns at most.
-__host__ __device__ uint32_t max_owned(const fl_head_args& args) {
-    const uint32_t units = divide_up(args.vocab, UNIT_ROWS);
-    const uint32_t per_warp = divide_up(divide_up(units, args.launch.num_clusters), LINEAR_WARPS);
-    const uint32_t exchanges = divide_up(divide_up(args.batch, 8), REDUCE_TILES);
-    return divide_up(per_warp * exchanges, args.launch.cluster) + 1;
+// Of the busiest warp.
+__host__ __device__ uint32_t units_of_warp(const fl_head_args& args) {
+    return divide_up(divide_up(divide_up(args.vocab, UNIT_ROWS), args.launch.num_clusters), LINEAR_WARPS);
 }
 
-// Of a warp, in the workspace: the sums that it owned, as it held them.
+__host__ __device__ uint32_t exchanges_of_unit(const fl_head_args& args) {
+    return divide_up(divide_up(args.batch, 8), REDUCE_TILES);
+}
+
+// Of a warp, in the workspace: the sums of the exchanges that it owned, as it held them.
 __host__ __device__ int64_t kept_bytes(const fl_head_args& args) {
-    return static_cast<int64_t>(max_owned(args)) * min(divide_up(args.batch, 8), static_cast<uint32_t>(REDUCE_TILES)) *
-           512;
+    const uint32_t owned = units_of_warp(args) * exchanges_of_unit(args) / args.launch.cluster + 1;
+    return static_cast<int64_t>(owned) * min(divide_up(args.batch, 8), static_cast<uint32_t>(REDUCE_TILES)) * 512;
 }
 
-// Units of whose logits for one token a CTA owns at most; their keys and rows, in a warp's part of shared memory.
+// Units of whose logits for one token a CTA owns at most: from unit to unit of a warp its owner moves on by the
+// exchanges of a unit, so it comes back after cluster / common units, and 1 / common of the warps ever own the token.
 __host__ __device__ uint32_t max_listed(const fl_head_args& args) {
-    return LINEAR_WARPS * max_owned(args);
+    uint32_t common = args.launch.cluster;
+    while (exchanges_of_unit(args) % common != 0) {
+        common /= 2;
+    }
+    return divide_up(LINEAR_WARPS, common) * divide_up(units_of_warp(args) * common, args.launch.cluster);
 }
+
+// Their keys and rows, in a warp's part of shared memory.
 __host__ __device__ uint32_t list_bytes(const fl_head_args& args) {
     return max_listed(args) * (UNIT_ROWS + 1) * 4;
 }
