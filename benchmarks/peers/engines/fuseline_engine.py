@@ -28,7 +28,7 @@ class _TimedLLM(LLM):
         super().__init__(model, **options)
         self.times: dict[str, list[float]] = {}
 
-    def _take_up(self, outputs: list[SequenceOutput], live: dict[str, Any]) -> int:
+    def _take_up(self, outputs: list[SequenceOutput], live: dict[str, Any]) -> tuple[int, list[Any]]:
         now = time.monotonic()
         for output in outputs:
             self.times.setdefault(output.request_id, []).extend([now] * len(output.token_ids))
