@@ -7,6 +7,7 @@ at import.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import secrets
@@ -121,9 +122,8 @@ class RayBackend:
     def close(self) -> None:
         """Stop all replicas and the controller, leave Ray, and end a private Ray; bounded, idempotent."""
         self.membership.close()
-        self.controller.close(CLOSE_TIMEOUT_S if self._private is None else PRIVATE_CLOSE_TIMEOUT_S)
-        is_orderly = self._private is not None and self._private.is_alive()
-        _shut_down(self._private, PROCESSES_END_S if is_orderly else 0.0)
+        in_order = self.controller.close(CLOSE_TIMEOUT_S if self._private is None else PRIVATE_CLOSE_TIMEOUT_S)
+        _shut_down(self._private, PROCESSES_END_S if in_order else 0.0)
 
     async def lost(self) -> None:
         """Return when a private Ray's servers have ended without having been told to; of a joined one never."""
@@ -168,24 +168,27 @@ class RayController:
         answer = await self._call(Count, lambda: self._actor.drain.remote(worker_id, timeout_s), timeout_s)
         return answer.value
 
-    def close(self, timeout_s: float) -> None:
-        """Let it stop all replicas, then end it. Blocks at most so long; what then is left Ray ends."""
+    def close(self, timeout_s: float) -> bool:
+        """Let it stop all replicas, then end it. Blocks at most so long; returns whether it has stopped them."""
         import ray
         from ray.exceptions import GetTimeoutError, RayError
 
         if self._closed:
-            return
+            return True
         self._closed = True
+        in_order = False
         try:
             answer = self._actor.close.remote()
             deadline = time.monotonic() + timeout_s
             while not ray.wait([answer], timeout=ALIVE_CHECK_S)[0] and time.monotonic() < deadline:
                 if self._private is not None and not self._private.is_alive():
-                    return  # as when a signal was meant for all of us; the replicas end with Ray
+                    return False  # as when a signal was meant for all of us; the replicas end with Ray
             unpack(ray.get(answer, timeout=0), Done)
+            in_order = True
         except (RayError, GetTimeoutError, FuselineError) as error:
             logger.info("the replicas were not stopped in order: %s", in_short(error))
         ray.kill(self._actor)
+        return in_order
 
     async def _call(self, kind: type[T], call: Callable[[], Awaitable[bytes]], extra_s: float = 0.0) -> T:
         """Call until it answers; a call that died with the controller is made again, which all of them bear."""
@@ -259,16 +262,19 @@ class _PrivateRay:
             object_store_memory=OBJECT_STORE_BYTES,
             _temp_dir=str(self.folder.path),
         )
-        self._servers = {process for process in self._started() if program(process) in SERVERS}
+        started = self._started()
+        self._servers = {process for process in started if program(process) in SERVERS}
+        # Autoscaler, dashboard and log monitor: nobody looks at what they tell, and each is a Python process that
+        # would now compete with the workers that start. In the end Ray would wait for one after the other.
+        for helper in started - self._servers:
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):
+                os.kill(helper.pid, signal.SIGKILL)
+                os.waitpid(helper.pid, 0)
         return ray
 
     def is_alive(self) -> bool:
         """Whether all of its servers are."""
         return all(is_alive(process) for process in self._servers)
-
-    def end_helpers(self) -> None:
-        """End what only observes: it holds nothing, and one by one Ray would wait for each."""
-        end_all((process for process in self._started() if program(process) not in SERVERS), 0)
 
     def _started(self) -> set[Process]:
         """What was started from this process."""
@@ -307,8 +313,6 @@ def _exit(signum: int, frame: FrameType | None) -> None:
 def _shut_down(private: _PrivateRay | None, patience_s: float) -> None:
     """Leave Ray; kill what has not ended of a private one within so many seconds, then remove its files."""
     processes = family(str(private.folder.path)) if private else set()
-    if private:
-        private.end_helpers()
     if "ray" in sys.modules:  # its import may have been interrupted
         sys.modules["ray"].shutdown()
     if private:

@@ -16,7 +16,6 @@ from ..runtime.config import ModelInfo
 from ..runtime.errors import InvalidArgumentError, ModelFormatError, NotFoundError
 from ..runtime.sharding import ParallelConfig
 from .checkpoint import DTYPE_BYTES, FLOATS, Checkpoint
-from .hub import fetch
 from .models.config import DTYPES, DecoderConfig
 from .models.decoder import DecoderModel
 from .models.registry import load_model_config
@@ -46,6 +45,8 @@ def resolve_model(name_or_path: str) -> Path:
         return path
     if path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") != 1:
         raise NotFoundError(f"{name_or_path!r} is not a directory, nor the id of a repository", model=name_or_path)
+    from .hub import fetch  # its client takes a while to import, and most models are on disk
+
     return fetch(name_or_path)
 
 
