@@ -30,11 +30,13 @@ import grpc.aio
 
 from ..proto.fuseline.v1 import common_pb2, worker_pb2
 from ..runtime.errors import (
+    AlreadyExistsError,
     CancelledError,
     DeadlineExceededError,
     ErrorCode,
     FuselineError,
     InternalError,
+    NotFoundError,
     ResourceExhaustedError,
     UnavailableError,
     make_error,
@@ -122,10 +124,14 @@ class _Leg:
         return event
 
     def _typed(self, error: grpc.RpcError) -> FuselineError:
-        """The error of a call that was not cancelled here: a worker that stops may answer that it is."""
+        """The error of a call that was not cancelled here, as far as it is the user's.
+
+        A worker that stops may answer that it was. What a worker does not find, or has already, are names that the
+        gateway gives: a reservation that ended on the other leg, an earlier attempt that is still being cleaned up.
+        """
         typed = error_from_rpc(error)
-        if isinstance(typed, CancelledError):
-            typed = make_error(ErrorCode.UNAVAILABLE, typed.message, typed.details)
+        if isinstance(typed, CancelledError | NotFoundError | AlreadyExistsError):
+            typed = make_error(ErrorCode.UNAVAILABLE, typed.message, {"cause": typed.code.value, **typed.details})
         if isinstance(typed, UnavailableError) and not typed.details:  # gRPC's word, not the worker's
             typed = UnavailableError(f"worker {self.worker_id} was lost: {typed.message}")
         typed.details.setdefault("worker_id", self.worker_id)

@@ -23,8 +23,8 @@ from fuseline.runtime.role import WorkerRole
 from fuseline.runtime.sampling_params import SamplingParams
 from fuseline.tests.cluster.scripted_worker import ScriptedWorker, first_token, following, output, reserved, until
 
-UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
-CANCELLED = grpc.StatusCode.CANCELLED
+UNAVAILABLE, CANCELLED = grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED
+NOT_FOUND, ALREADY_EXISTS = grpc.StatusCode.NOT_FOUND, grpc.StatusCode.ALREADY_EXISTS
 NEVER = asyncio.Event
 
 
@@ -136,7 +136,7 @@ async def test_nothing_is_retried_once_decode_has_given_something() -> None:
         assert len(d.requests) == 1
 
 
-@pytest.mark.parametrize("status", [UNAVAILABLE, CANCELLED])
+@pytest.mark.parametrize("status", [UNAVAILABLE, CANCELLED, NOT_FOUND, ALREADY_EXISTS])
 async def test_attempts_are_bounded_and_the_last_error_is_told(status: grpc.StatusCode) -> None:
     p = prefill("p")
     d = decode("d", *[[status]] * MAX_ATTEMPTS)
@@ -145,6 +145,16 @@ async def test_attempts_are_bounded_and_the_last_error_is_told(status: grpc.Stat
             await c.run()
         assert len(d.requests) == MAX_ATTEMPTS
         assert load(c) == {"p": (0, 0, 100), "d": (0, 0, 100)}
+
+
+@pytest.mark.parametrize("status", [NOT_FOUND, ALREADY_EXISTS])
+async def test_names_that_the_gateway_gave_are_not_the_users_fault(status: grpc.StatusCode) -> None:
+    """A commit comes late by a hair, or an attempt before its predecessor is cleaned up."""
+    p = prefill("p", [first_token(7), status], [first_token(7)])
+    d = decode("d", [reserved(), NEVER()], [status], [reserved(), output(8, last=True)])
+    async with cluster(p, d) as c:
+        assert await c.run() == [7, 8]
+        assert c.record.num_retries == 2
 
 
 async def test_a_connection_that_is_closed_under_a_sequence_is_an_error_and_no_silent_end() -> None:
