@@ -9,7 +9,7 @@ import grpc
 import grpc.aio
 import pytest
 
-from fuseline.proto.fuseline.v1 import kv_transfer_pb2
+from fuseline.proto.fuseline.v1 import common_pb2, kv_transfer_pb2
 from fuseline.runtime.errors import (
     InvalidArgumentError,
     NotFoundError,
@@ -173,6 +173,33 @@ async def test_a_commit_that_is_overtaken_does_not_start_the_next_attempt(
     stats = await decode.engine.stats()
     assert (stats.num_reserved, stats.num_running) == (1, 0)
     assert await tokens_of_retry(prefill, again, retry) == await tokens_alone(decode, request)
+    await both_released(prefill, decode)
+
+
+async def test_a_commit_that_is_cut_off_ends_the_request(
+    prefill: Worker, decode: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its prefill worker is lost while the KV is being verified; nobody else would tell the waiting stream."""
+    verifying = asyncio.Event()
+
+    async def for_ever(*_: object) -> None:
+        verifying.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(decode.server._ranks, "verify_reservation", for_ever)
+    decoding = await open_decode(decode, make_request(fresh_prompt(50)))
+    commit = decode.transfer.Commit(
+        kv_transfer_pb2.CommitRequest(
+            reservation_id=decoding.reservation.reservation_id,
+            provenance=decoding.reservation.provenance,
+            first_token=common_pb2.SequenceOutput(token_ids=[1]),
+        )
+    )
+    await verifying.wait()
+    commit.cancel()
+    error = await error_of(decoding.events)
+    assert isinstance(error, UnavailableError)
+    assert "cut off" in error.message
     await both_released(prefill, decode)
 
 

@@ -115,6 +115,9 @@ class DecodeServicer(worker_pb2_grpc.DecodeServiceServicer):
                 self._leases.num_provenance_failures += isinstance(error, ProvenanceError)
                 reservation.settle(UnavailableError(f"the handoff was refused: {error.message}", cause=error.code))
                 raise
+            except asyncio.CancelledError:  # how far it came, nobody can tell the prefill worker now
+                reservation.settle(UnavailableError("the handoff was cut off"))
+                raise
             reservation.settle(None)
         return pb.CommitResponse()
 
