@@ -164,7 +164,7 @@ class WorkerActor:
 def _controller_exists() -> bool:
     try:
         ray.get_actor(CONTROLLER_NAME)
-    except ValueError:
+    except (ValueError, RayError):  # there is none, or Ray does not answer
         return False
     return True
 

@@ -165,6 +165,23 @@ def controller_pid() -> int:
     raise AssertionError("there is no controller")
 
 
+def test_a_controller_that_ray_cannot_ask_for_is_missing(
+    backend: RayBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that takes this for a crash of its own would never look again."""
+    from ray.exceptions import RayError
+
+    from fuseline.cluster.worker_actor import _controller_exists
+
+    assert _controller_exists()
+
+    def fail(name: str) -> None:
+        raise RayError(name)
+
+    monkeypatch.setattr("ray.get_actor", fail)
+    assert not _controller_exists()
+
+
 DRIVER = """
 import asyncio, signal, sys
 from fuseline.cluster.cluster_config import ClusterConfig, PoolConfig
