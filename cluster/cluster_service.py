@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import grpc.aio
 
 from .. import __version__
 from ..proto.fuseline.v1 import cluster_pb2, cluster_pb2_grpc, worker_pb2
-from ..runtime.errors import InvalidArgumentError, UnavailableError
+from ..runtime.errors import InvalidArgumentError, ResourceExhaustedError, UnavailableError
 from ..runtime.role import WorkerRole
 from ..workers.grpc_errors import answering
 from .membership import ReplicaState
@@ -18,6 +19,7 @@ from .reconcile import POOLS, Target
 from .status import role_from_wire, role_to_wire
 
 POLL_S = 10.0  # longest single wait at the controller, so that a caller who went away is noticed
+MAX_WAITING = 32  # callers that wait for the controller; it answers so many calls at a time, and others need it, too
 DRAIN_TIMEOUT_S = 3600.0  # for a caller who sets no deadline; the drain itself is bounded by the configuration
 
 _STATES = {
@@ -56,6 +58,7 @@ class ClusterService(cluster_pb2_grpc.ClusterServicer):
         self.snapshots: Callable[[], Snapshots] = dict
         self._control = control
         self._stop = stop
+        self._num_waiting = 0
 
     async def GetStatus(self, request: cluster_pb2.GetStatusRequest, context: Context) -> cluster_pb2.ClusterStatus:
         """What should be and what is."""
@@ -66,28 +69,61 @@ class ClusterService(cluster_pb2_grpc.ClusterServicer):
         """Change pool sizes; with ``wait``, answer when they are reached, or a pool has failed to get there."""
         async with answering(context):
             target = _target_from_wire(request, (await self._control.status()).target)
-            await self._control.set_target(target)
-            status = await self._control.status()
-            while request.wait and not (status.reached and status.target == target):
-                if status.failed:
-                    raise UnavailableError(f"the target is not reached: {status.failed}")
-                if status.target != target:
-                    raise UnavailableError("the target has been changed by someone else meanwhile")
-                status = await self._control.status(status.version, POLL_S)
-            return status_to_wire(status, self.snapshots())
+            if not request.wait:
+                await self._control.set_target(target)
+                return status_to_wire(await self._control.status(), self.snapshots())
+            with self._waiting():
+                await self._control.set_target(target)
+                return status_to_wire(await self._reached(target), self.snapshots())
 
     async def Drain(self, request: cluster_pb2.DrainRequest, context: Context) -> cluster_pb2.DrainResponse:
         """Take a worker out; answers when it is gone or shortly before the call's deadline passes."""
         async with answering(context):
             left_s = context.time_remaining()
             timeout_s = DRAIN_TIMEOUT_S if left_s is None else max(0.0, left_s - min(1.0, left_s / 2))
-            num_left = await self._control.drain(request.worker_id, min(timeout_s, DRAIN_TIMEOUT_S))
+            with self._waiting():
+                num_left = await self._control.drain(request.worker_id, min(timeout_s, DRAIN_TIMEOUT_S))
             return cluster_pb2.DrainResponse(num_left=num_left)
 
     async def Stop(self, request: cluster_pb2.StopRequest, context: Context) -> cluster_pb2.StopResponse:
         """Begin to end the cluster."""
         self._stop()
         return cluster_pb2.StopResponse()
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Around a wait that may be long.
+
+        Raises:
+            ResourceExhaustedError: too many wait already; nothing has been done.
+        """
+        if self._num_waiting >= MAX_WAITING:
+            raise ResourceExhaustedError(
+                f"{self._num_waiting} callers are waiting for the cluster already, at most {MAX_WAITING} may",
+                value=self._num_waiting,
+                limit=MAX_WAITING,
+                retry_after_s=1,
+            )
+        self._num_waiting += 1
+        try:
+            yield
+        finally:
+            self._num_waiting -= 1
+
+    async def _reached(self, target: Target) -> ControllerStatus:
+        """The status once the target is reached.
+
+        Raises:
+            UnavailableError: it is not, and will not be.
+        """
+        status = await self._control.status()
+        while not (status.reached and status.target == target):
+            if status.failed:
+                raise UnavailableError(f"the target is not reached: {status.failed}")
+            if status.target != target:
+                raise UnavailableError("the target has been changed by someone else meanwhile")
+            status = await self._control.status(status.version, POLL_S)
+        return status
 
 
 def status_to_wire(status: ControllerStatus, snapshots: Snapshots) -> cluster_pb2.ClusterStatus:

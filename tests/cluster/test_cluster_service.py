@@ -11,6 +11,7 @@ import grpc.aio
 import pytest
 
 from fuseline import __version__
+from fuseline.cluster import cluster_service
 from fuseline.cluster.cluster_service import ClusterService
 from fuseline.cluster.controller import Controller
 from fuseline.cluster.membership import ReplicaState
@@ -141,6 +142,25 @@ async def test_a_drain_answers_when_done_or_before_its_deadline() -> None:
 
 def is_draining(status: ControllerStatus, worker_id: str) -> bool:
     return any(row.worker_id == worker_id and row.state is ReplicaState.DRAINING for row in status.replicas)
+
+
+async def test_those_who_wait_are_bounded_and_do_not_keep_others_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster_service, "MAX_WAITING", 2)
+    async with serving() as served:
+        prefill, decode = await reached(served.controller)
+        for worker_id in (prefill, decode):
+            served.cluster.workers[worker_id].load = 1
+        drains = [served.stub.Drain(cluster_pb2.DrainRequest(worker_id=name)) for name in (prefill, decode)]
+        await until(served.controller, lambda status: is_draining(status, prefill) and is_draining(status, decode))
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await served.set_target((DECODE, 2))
+        assert isinstance(error_from_rpc(caught.value), ResourceExhaustedError)
+        assert served.controller.target.decode == 1
+        assert (await served.set_target((DECODE, 2), wait=False)).target[1].num_replicas == 2
+        for name in (prefill, decode):
+            served.cluster.finish(name)
+        assert [(await drain).num_left for drain in drains] == [0, 0]
+        await served.set_target((DECODE, 1))
 
 
 async def test_a_drain_of_nobody_is_refused() -> None:
