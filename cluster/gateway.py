@@ -134,6 +134,10 @@ class Gateway:
         if not self._can_serve():
             await ready.wait()
 
+    async def failed(self) -> BaseException:
+        """Wait until it can no longer serve, by a bug; returns what happened."""
+        return await self.pool.failed()
+
     async def stop(self, grace_s: float) -> None:
         """Refuse new requests, let those under way finish for at most ``grace_s``, cancel the rest.
 

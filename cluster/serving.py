@@ -22,7 +22,7 @@ from types import FrameType
 
 from .. import __version__
 from ..runtime.config import ModelInfo
-from ..runtime.errors import UnavailableError
+from ..runtime.errors import InternalError, UnavailableError
 from ..workers.loader import check_cut, model_info, resolve_model, runnable_dtype
 from ..workers.tokenizer import Tokenizer
 from .cluster_config import ClusterConfig, PoolConfig, is_loopback
@@ -164,7 +164,7 @@ async def _serve(
     port = await gateway.start()
     try:
         ready = asyncio.create_task(_wait_ready(backend, gateway, say))
-        ended = asyncio.create_task(_ended(backend, stopping))
+        ended = asyncio.create_task(_ended(backend, gateway, stopping))
         await asyncio.wait({ready, ended}, return_when=asyncio.FIRST_COMPLETED)
         if ready.done() and not ended.done():
             ready.result()
@@ -178,20 +178,25 @@ async def _serve(
         await gateway.stop(min(config.drain_timeout_s, MAX_GRACE_S))
 
 
-async def _ended(backend: RayBackend, stopping: _Stopping) -> None:
+async def _ended(backend: RayBackend, gateway: Gateway, stopping: _Stopping) -> None:
     """Return when told to stop.
 
     Raises:
         UnavailableError: Ray has ended, and there is nothing left to serve with.
+        InternalError: a bug ended what the gateway cannot do without.
     """
-    asked, lost = asyncio.create_task(stopping.wait()), asyncio.create_task(backend.lost())
+    asked = asyncio.create_task(stopping.wait())
+    lost, failed = asyncio.create_task(backend.lost()), asyncio.create_task(gateway.failed())
     try:
-        await asyncio.wait({asked, lost}, return_when=asyncio.FIRST_COMPLETED)
-        if not stopping.is_asked:
-            raise UnavailableError("Ray has ended: one of its servers is gone")
+        await asyncio.wait({asked, lost, failed}, return_when=asyncio.FIRST_COMPLETED)
+        if stopping.is_asked:
+            return
+        if failed.done():
+            raise InternalError(f"the gateway has failed: {failed.result()!r}")
+        raise UnavailableError("Ray has ended: one of its servers is gone")
     finally:
-        asked.cancel()
-        lost.cancel()
+        for task in (asked, lost, failed):
+            task.cancel()
 
 
 async def _wait_ready(backend: RayBackend, gateway: Gateway, say: Say) -> None:

@@ -14,6 +14,7 @@ _ROLES = {
     WorkerRole.DECODE: worker_pb2.WORKER_ROLE_DECODE,
     WorkerRole.MIXED: worker_pb2.WORKER_ROLE_MIXED,
 }
+KNOWN_ROLES = frozenset(_ROLES.values())
 _STATES: dict[int, str] = {
     cluster_pb2.REPLICA_STATE_STARTING: "starting",
     cluster_pb2.REPLICA_STATE_READY: "ready",

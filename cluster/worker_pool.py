@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,7 @@ from ..runtime.role import WorkerRole
 from ..workers.grpc_options import CHANNEL_OPTIONS
 from .membership import Membership, MembershipView, ReplicaInfo, ReplicaState
 from .router import ReplicaSnapshot, RoutingDecision
-from .status import role_from_wire
+from .status import KNOWN_ROLES, role_from_wire
 
 logger = logging.getLogger(__name__)
 
@@ -149,10 +149,17 @@ class WorkerPool:
         self._workers: dict[str, _Worker] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._task: asyncio.Task[None] | None = None
+        self._failure: BaseException | None = None
+        self._failed = asyncio.Event()
 
     def start(self) -> None:
         """Begin to follow membership, in the running loop."""
-        self._task = asyncio.create_task(self._follow())
+        self._task = self._watched(self._follow())
+
+    async def failed(self) -> BaseException:
+        """Wait until the pool can no longer follow its workers, by a bug; returns what happened."""
+        await self._failed.wait()
+        return self._failure or RuntimeError("the pool has failed")
 
     async def close(self) -> None:
         """Stop following and close all channels; calls still open on them are cancelled."""
@@ -213,7 +220,7 @@ class WorkerPool:
             known = self._workers.get(worker_id)
             if known is None:
                 self._workers[worker_id] = worker = _connect(info)
-                worker.task = asyncio.create_task(self._watch(worker))
+                worker.task = self._watched(self._watch(worker))
             else:
                 known.info = info
         for worker_id in self._workers.keys() - named.keys():
@@ -235,8 +242,8 @@ class WorkerPool:
                         silence.reschedule(asyncio.get_running_loop().time() + MAX_SILENCE_S)
                         self._learn(worker, snapshot)
                         delay = RECONNECT_DELAY_S
-            except (grpc.RpcError, TimeoutError) as error:
-                reason = error.details() if isinstance(error, grpc.aio.AioRpcError) else "silent"
+            except (grpc.RpcError, TimeoutError, UnavailableError) as error:
+                reason = error.details() if isinstance(error, grpc.aio.AioRpcError) else str(error) or "silent"
                 logger.info("lost sight of worker %s: %s", worker.info.worker_id, reason)
             finally:
                 call.cancel()
@@ -246,7 +253,20 @@ class WorkerPool:
             await asyncio.sleep(delay)
             delay = min(2 * delay, MAX_RECONNECT_DELAY_S)
 
+    def _watched(self, job: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(job)
+        task.add_done_callback(self._note_end)
+        return task
+
+    def _note_end(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("the gateway can no longer follow its workers", exc_info=error)
+            self._failure = self._failure or error
+            self._failed.set()
+
     def _learn(self, worker: _Worker, snapshot: worker_pb2.WorkerSnapshot) -> None:
+        if snapshot.role not in KNOWN_ROLES:
+            raise UnavailableError(f"it has role {snapshot.role}, which this gateway does not know")
         if worker.snapshot is None or list(worker.snapshot.cached_prefixes) != list(snapshot.cached_prefixes):
             worker.cached_prefixes = frozenset(snapshot.cached_prefixes)
         worker.snapshot = snapshot

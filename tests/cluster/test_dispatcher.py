@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
 from fuseline.cluster.dispatcher import Dispatcher, WaitedTooLongError
+from fuseline.cluster.membership import MembershipView, StaticMembership
 from fuseline.cluster.router import ReplicaSnapshot, Router, RoutingQuery
 from fuseline.cluster.worker_pool import WorkerPool
 from fuseline.proto.fuseline.v1 import worker_pb2
 from fuseline.runtime.errors import ResourceExhaustedError, UnavailableError
 from fuseline.runtime.role import WorkerRole
 from fuseline.tests.cluster.scripted_worker import ScriptedWorker, following, output, until
+from fuseline.tests.timing import PROMPTLY_S
 
 QUERY = RoutingQuery(num_prompt_tokens=100, max_tokens=10)  # takes 7 blocks
 
@@ -140,6 +143,29 @@ async def test_a_worker_that_membership_drops_is_used_to_the_end_but_not_chosen(
         assert (await dispatcher.dispatch(QUERY, 0, 1)).decision.decode_worker == "d1"
         assert [event async for event in held.decode.Decode(worker_pb2.DecodeRequest())] == [output(7, last=True)]
         held.release()
+
+
+async def test_a_worker_of_a_role_from_the_future_is_not_used() -> None:
+    p, d = prefill(), decode()
+    async with following(p, d) as (pool, _):
+        d.publish(role=99)
+        await until(lambda: len(pool.replicas()) == 1)
+        d.publish(role=worker_pb2.WORKER_ROLE_DECODE)
+        await until(lambda: pool.has_ready(WorkerRole.DECODE))
+
+
+async def test_a_pool_that_cannot_follow_its_workers_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(StaticMembership):
+        async def watch(self) -> AsyncIterator[MembershipView]:
+            yield MembershipView(0, ())
+            raise RuntimeError("a bug")
+
+    pool = WorkerPool(Broken())
+    pool.start()
+    async with asyncio.timeout(PROMPTLY_S):
+        assert str(await pool.failed()) == "a bug"
+    assert "can no longer follow" in caplog.text
+    await pool.close()
 
 
 async def test_draining_is_seen_from_the_worker_and_from_membership() -> None:

@@ -12,9 +12,12 @@ import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from fuseline.cluster import serving
+from fuseline.runtime.errors import InternalError
 from fuseline.tests.cluster.scripted_worker import until
 from fuseline.tests.timing import PATIENTLY_S, PROMPTLY_S
 
@@ -93,6 +96,25 @@ async def test_it_ends_when_its_ray_is_lost() -> None:
         out, _ = await process.communicate()
         assert process.returncode == 1
         assert "fuseline: Ray has ended: one of its servers is gone\n" in out.decode()
+
+
+class Broken:
+    """A Ray that lives, and a gateway that fails."""
+
+    async def lost(self) -> None:
+        await asyncio.Event().wait()
+
+    async def failed(self) -> BaseException:
+        return KeyError("a bug")
+
+
+async def test_it_ends_when_its_gateway_fails_unless_it_was_told_to() -> None:
+    broken: Any = Broken()
+    stopping = serving._Stopping()
+    with pytest.raises(InternalError, match="the gateway has failed: KeyError"):
+        await serving._ended(broken, broken, stopping)
+    stopping.ask()
+    await serving._ended(broken, broken, stopping)
 
 
 async def test_ctrl_c_while_ray_starts_is_answered_at_once(temporary_files: Path) -> None:
