@@ -6,8 +6,10 @@
 //
 //     y = sum over blocks of scale(w) scale(x) (sum of w x - zero sum of x)
 //
-// The integers in it are exact, the sum over blocks runs from the first to the last.
-// Packed x: the rounded rows, then scales and sums of their blocks [m, blocks].
+// The integers in it are exact, the sum over blocks runs from the first to the last. A block of a panel is unpacked
+// into registers, where it meets all rows of x, whose totals wait in the first-level cache.
+//
+// Packed x: the rounded values [blocks][m][kBlock], then scales and sums [blocks][m] of blocks.
 #include "linear_quantized.h"
 
 #include "dot4.h"
@@ -16,44 +18,44 @@ namespace fuseline {
 
 namespace {
 
-constexpr int64_t kLine = 64, kLinesPerBlock = kBlock / 8;
+constexpr int64_t kLine = 64, kLinesPerBlock = kBlock / 8, kBlockBytes = kLinesPerBlock * kLine;
+// Rows of x that a block of a panel meets.
 constexpr int64_t kRowBlock = 64;
+// Up to so many rows of x, weights are read at the speed of memory: from several panels in turn, since a core gets
+// several streams faster than one.
+constexpr int64_t kStreamRows = 4, kStreams = 3;
+constexpr int kDefaultZero = 8;
 
 struct Packed {
-    int8_t* rows; // [m, blocks * kBlock]
+    int8_t* values;
     float* scales;
     float* sums;
     int64_t blocks;
 
     Packed(const void* packed, int64_t cols, int64_t m) : blocks(whole(cols, kBlock) / kBlock) {
         char* memory = const_cast<char*>(static_cast<const char*>(packed)); // written by pack_int4 only
-        rows = reinterpret_cast<int8_t*>(memory);
+        values = reinterpret_cast<int8_t*>(memory);
         scales = reinterpret_cast<float*>(memory + whole(m * blocks * kBlock, 64));
         sums = scales + m * blocks;
     }
 };
 
-// What a panel consists of.
-struct Panel {
+// One block of columns: of a panel, and of some rows of x.
+struct PanelBlock {
     const uint8_t* lines;
     const f16* scales;
     const uint8_t* zeros; // or null: all are 8
 };
-
-// Some rows of x: the first, and the distance of the rest.
-struct Rows {
+struct InputBlock {
     const int8_t* values;
     const float* scales;
     const float* sums;
-    int64_t blocks;
+    int64_t rows;
 };
 
 using Totals = float[kPanelRows];
 
 #if defined(FUSELINE_DOT4)
-
-constexpr int kMaxRows = kDotBytes == 64 ? 8 : 4;
-constexpr int kVectors = kLine / kDotBytes;
 
 inline f32d scales_of(const f16* from) {
 #if defined(FUSELINE_EMULATE_DOT4)
@@ -71,174 +73,91 @@ inline f32d zeros_of(const uint8_t* from) {
     return __builtin_convertvector(load_bytes<bytes>(from), f32d);
 }
 
-template <int M>
-void multiply_panel(const Panel& panel, int64_t group_blocks, const Rows& x, Totals* totals) {
+// totals[row] += this block's part, for all rows of x.
+void multiply_block(const PanelBlock& panel, const InputBlock& x, Totals* totals) {
     const i32d mask = 0x0f0f0f0f - i32d{};
-    f32d total[M][kVectors] = {};
-    for (int64_t block = 0; block < x.blocks;) {
-        const int64_t group = block / group_blocks, end = std::min(block + group_blocks, x.blocks);
-        f32d scales[kVectors], zeros[kVectors];
-        for (int vector = 0; vector < kVectors; ++vector) {
-            const int64_t at = group * kPanelRows + vector * kDotLanes;
-            scales[vector] = scales_of(panel.scales + at);
-            zeros[vector] = panel.zeros == nullptr ? 8.0f - f32d{} : zeros_of(panel.zeros + at);
-        }
-        for (; block < end; ++block) {
-            i32d dots[M][kVectors] = {};
+    for (int64_t first = 0; first < kPanelRows; first += kDotLanes) {
+        i32d w[2 * kLinesPerBlock];
 #pragma GCC unroll 4
-            for (int64_t line = 0; line < kLinesPerBlock; ++line) {
-                const uint8_t* from = panel.lines + (block * kLinesPerBlock + line) * kLine;
-#pragma GCC unroll 2
-                for (int vector = 0; vector < kVectors; ++vector) {
-                    const i32d bytes = load_bytes<i32d>(from + vector * kDotBytes);
-                    const i32d low = bytes & mask, high = (i32d)((u16d)bytes >> 4) & mask;
+        for (int64_t line = 0; line < kLinesPerBlock; ++line) {
+            const i32d bytes = load_bytes<i32d>(panel.lines + line * kLine + first * 4);
+            w[2 * line] = bytes & mask;
+            w[2 * line + 1] = (i32d)((u16d)bytes >> 4) & mask;
+        }
+        const f32d scales = scales_of(panel.scales + first);
+        const f32d zeros = panel.zeros == nullptr ? float(kDefaultZero) - f32d{} : zeros_of(panel.zeros + first);
+        for (int64_t row = 0; row < x.rows; ++row) {
+            const int8_t* input = x.values + row * kBlock;
+            i32d dots[2] = {};
 #pragma GCC unroll 8
-                    for (int row = 0; row < M; ++row) {
-                        const int8_t* input = x.values + (row * x.blocks + block) * kBlock + line * 8;
-                        i32d& dot = dots[row][vector];
-                        dot = dot4(dot4(dot, low, splat_bytes(input)), high, splat_bytes(input + 4));
-                    }
-                }
-            }
-#pragma GCC unroll 8
-            for (int row = 0; row < M; ++row) {
-                const int64_t at = row * x.blocks + block;
-                for (int vector = 0; vector < kVectors; ++vector) {
-                    const f32d dot = __builtin_convertvector(dots[row][vector], f32d);
-                    const f32d steps = fma_dot(zeros[vector], -x.sums[at] - f32d{}, dot);
-                    total[row][vector] = fma_dot(scales[vector] * x.scales[at], steps, total[row][vector]);
-                }
-            }
+            for (int64_t i = 0; i < 2 * kLinesPerBlock; ++i)
+                dots[i % 2] = dot4(dots[i % 2], w[i], splat_bytes(input + 4 * i));
+            const f32d dot = __builtin_convertvector(dots[0] + dots[1], f32d);
+            const f32d steps = fma_dot(zeros, -x.sums[row] - f32d{}, dot);
+            const f32d total = fma_dot(scales * x.scales[row], steps, load_bytes<f32d>(totals[row] + first));
+            std::memcpy(totals[row] + first, &total, sizeof total);
         }
     }
-    for (int row = 0; row < M; ++row)
-        std::memcpy(totals[row], total[row], sizeof totals[row]);
 }
 
 #elif defined(__AVX2__)
 
-constexpr int kMaxRows = 5;
-
-// A block of 32 columns adds up in 16 bits: eight times two products of at most 15 * 127. Both halves of a panel's
-// lines are taken at once, or one after the other where more rows of x need registers.
-template <int M, int Halves>
-void multiply_part(const Panel& panel, int64_t group_blocks, const Rows& x, Totals* totals, int first) {
+// The same. Eight times two products of at most 15 * 127 fit into 16 bits.
+void multiply_block(const PanelBlock& panel, const InputBlock& x, Totals* totals) {
     const __m256i mask = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
-    __m256 total[M][Halves];
-#pragma GCC unroll 16
-    for (int i = 0; i < M * Halves; ++i)
-        total[i / Halves][i % Halves] = _mm256_setzero_ps();
-    for (int64_t block = 0; block < x.blocks;) {
-        const int64_t group = block / group_blocks, end = std::min(block + group_blocks, x.blocks);
-        __m256 scales[Halves], zeros[Halves];
-#pragma GCC unroll 2
-        for (int half = 0; half < Halves; ++half) {
-            const int64_t at = group * kPanelRows + (first + half) * 8;
-            scales[half] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(panel.scales + at)));
-            zeros[half] = _mm256_set1_ps(8.0f);
-            if (panel.zeros != nullptr) {
-                const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(panel.zeros + at));
-                zeros[half] = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes));
-            }
-        }
-        for (; block < end; ++block) {
-            __m256i dots[M][Halves];
-#pragma GCC unroll 16
-            for (int i = 0; i < M * Halves; ++i)
-                dots[i / Halves][i % Halves] = _mm256_setzero_si256();
+    for (int64_t first = 0; first < kPanelRows; first += 8) {
+        __m256i w[2 * kLinesPerBlock];
 #pragma GCC unroll 4
-            for (int64_t line = 0; line < kLinesPerBlock; ++line) {
-                const uint8_t* from = panel.lines + (block * kLinesPerBlock + line) * kLine + first * 32;
-#pragma GCC unroll 2
-                for (int half = 0; half < Halves; ++half) {
-                    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from) + half);
-                    const __m256i low = _mm256_and_si256(bytes, mask);
-                    const __m256i high = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask);
-#pragma GCC unroll 8
-                    for (int row = 0; row < M; ++row) {
-                        const int8_t* input = x.values + (row * x.blocks + block) * kBlock + line * 8;
-                        const __m256i first_four = _mm256_set1_epi32(load_bytes<int32_t>(input));
-                        const __m256i last_four = _mm256_set1_epi32(load_bytes<int32_t>(input + 4));
-                        __m256i& dot = dots[row][half];
-                        dot = _mm256_add_epi16(dot, _mm256_maddubs_epi16(low, first_four));
-                        dot = _mm256_add_epi16(dot, _mm256_maddubs_epi16(high, last_four));
-                    }
-                }
-            }
-#pragma GCC unroll 8
-            for (int row = 0; row < M; ++row) {
-                const int64_t at = row * x.blocks + block;
-                const __m256 x_scale = _mm256_broadcast_ss(x.scales + at), x_sum = _mm256_broadcast_ss(x.sums + at);
-#pragma GCC unroll 2
-                for (int half = 0; half < Halves; ++half) {
-                    const __m256 dot = _mm256_cvtepi32_ps(_mm256_madd_epi16(dots[row][half], ones));
-                    const __m256 steps = _mm256_fnmadd_ps(zeros[half], x_sum, dot);
-                    total[row][half] = _mm256_fmadd_ps(_mm256_mul_ps(scales[half], x_scale), steps, total[row][half]);
-                }
-            }
+        for (int64_t line = 0; line < kLinesPerBlock; ++line) {
+            const uint8_t* from = panel.lines + line * kLine + first * 4;
+            const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+            w[2 * line] = _mm256_and_si256(bytes, mask);
+            w[2 * line + 1] = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask);
         }
-    }
-    for (int row = 0; row < M; ++row) {
-        for (int half = 0; half < Halves; ++half)
-            _mm256_storeu_ps(totals[row] + (first + half) * 8, total[row][half]);
-    }
-}
-
-template <int M>
-void multiply_panel(const Panel& panel, int64_t group_blocks, const Rows& x, Totals* totals) {
-    if constexpr (M <= 2) {
-        multiply_part<M, 2>(panel, group_blocks, x, totals, 0);
-    } else {
-        multiply_part<M, 1>(panel, group_blocks, x, totals, 0);
-        multiply_part<M, 1>(panel, group_blocks, x, totals, 1);
+        const __m256 scales = _mm256_cvtph_ps(load_bytes<__m128i>(panel.scales + first));
+        __m256 zeros = _mm256_set1_ps(kDefaultZero);
+        if (panel.zeros != nullptr) {
+            const __m128i bytes = _mm_cvtsi64_si128(load_bytes<int64_t>(panel.zeros + first));
+            zeros = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes));
+        }
+        for (int64_t row = 0; row < x.rows; ++row) {
+            const int8_t* input = x.values + row * kBlock;
+            __m256i dots[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+#pragma GCC unroll 8
+            for (int64_t i = 0; i < 2 * kLinesPerBlock; ++i) {
+                const __m256i four = _mm256_set1_epi32(load_bytes<int32_t>(input + 4 * i));
+                dots[i % 2] = _mm256_add_epi16(dots[i % 2], _mm256_maddubs_epi16(w[i], four));
+            }
+            const __m256 dot = _mm256_cvtepi32_ps(_mm256_madd_epi16(_mm256_add_epi16(dots[0], dots[1]), ones));
+            const __m256 steps = _mm256_fnmadd_ps(zeros, _mm256_broadcast_ss(x.sums + row), dot);
+            const __m256 scaled = _mm256_mul_ps(scales, _mm256_broadcast_ss(x.scales + row));
+            float* total = totals[row] + first;
+            _mm256_storeu_ps(total, _mm256_fmadd_ps(scaled, steps, _mm256_loadu_ps(total)));
+        }
     }
 }
 
 #else
 
-constexpr int kMaxRows = 4;
-
-template <int M>
-void multiply_panel(const Panel& panel, int64_t group_blocks, const Rows& x, Totals* totals) {
-    for (int row = 0; row < M; ++row) {
-        std::fill_n(totals[row], kPanelRows, 0.0f);
-        for (int64_t block = 0; block < x.blocks; ++block) {
-            const int64_t at = row * x.blocks + block, group = block / group_blocks;
-            int32_t dots[kPanelRows] = {};
-            for (int64_t line = 0; line < kLinesPerBlock; ++line) {
-                const uint8_t* bytes = panel.lines + (block * kLinesPerBlock + line) * kLine;
-                const int8_t* input = x.values + at * kBlock + line * 8;
-                for (int i = 0; i < kPanelRows; ++i)
-                    for (int j = 0; j < 4; ++j)
-                        dots[i] += (bytes[4 * i + j] & 15) * input[j] + (bytes[4 * i + j] >> 4) * input[j + 4];
-            }
+void multiply_block(const PanelBlock& panel, const InputBlock& x, Totals* totals) {
+    for (int64_t row = 0; row < x.rows; ++row) {
+        int32_t dots[kPanelRows] = {};
+        for (int64_t line = 0; line < kLinesPerBlock; ++line) {
+            const uint8_t* bytes = panel.lines + line * kLine;
+            const int8_t* input = x.values + row * kBlock + line * 8;
             for (int i = 0; i < kPanelRows; ++i) {
-                const int64_t channel = group * kPanelRows + i;
-                const float zero = panel.zeros == nullptr ? 8.0f : float(panel.zeros[channel]);
-                const float steps = float(dots[i]) - zero * x.sums[at];
-                totals[row][i] += widen(panel.scales[channel]) * x.scales[at] * steps;
+                for (int j = 0; j < 4; ++j)
+                    dots[i] += (bytes[4 * i + j] & 15) * input[j] + (bytes[4 * i + j] >> 4) * input[j + 4];
             }
+        }
+        for (int i = 0; i < kPanelRows; ++i) {
+            const float zero = panel.zeros == nullptr ? float(kDefaultZero) : float(panel.zeros[i]);
+            totals[row][i] += widen(panel.scales[i]) * x.scales[row] * (float(dots[i]) - zero * x.sums[row]);
         }
     }
 }
 
 #endif
-
-template <int M = kMaxRows>
-void multiply_panel(const Panel& panel, int64_t group_blocks, const Rows& x, int64_t m, Totals* totals) {
-    if constexpr (M > 1) {
-        if (m < M)
-            return multiply_panel<M - 1>(panel, group_blocks, x, m, totals);
-    }
-    multiply_panel<M>(panel, group_blocks, x, totals);
-}
-
-Panel panel_of(const LinearWeight& weight, int64_t row, int64_t blocks) {
-    const int64_t groups = (weight.cols + weight.group - 1) / weight.group;
-    return {static_cast<const uint8_t*>(weight.data) + row * blocks * (kBlock / 2),
-            static_cast<const f16*>(weight.scales) + row * groups,
-            weight.zeros == nullptr ? nullptr : static_cast<const uint8_t*>(weight.zeros) + row * groups};
-}
 
 } // namespace
 
@@ -255,31 +174,42 @@ void pack_int4(const LinearWeight& weight, const float* x, int64_t x_stride, int
             const float* from = values.at(block * kBlock);
             Extent extent;
             extent.take(from);
-            const int64_t at = row * to.blocks + block;
+            const int64_t at = block * m + row;
             to.scales[at] = extent.scale();
-            to.sums[at] = float(round_block(from, inverse(to.scales[at]), to.rows + at * kBlock));
+            to.sums[at] = float(round_block(from, inverse(to.scales[at]), to.values + at * kBlock));
         }
     }
 }
 
 void multiply_int4(const LinearWeight& weight, Range rows, const void* packed, int64_t m, float* y, int64_t y_stride) {
     const Packed x(packed, weight.cols, m);
-    const int64_t group_blocks = weight.group / kBlock;
-    alignas(64) Totals totals[kMaxRows];
-    for (int64_t start = 0; start < m; start += kRowBlock) {
-        const int64_t end = std::min(start + kRowBlock, m);
-        for (int64_t row = rows.begin; row < rows.end; row += kPanelRows) {
-            const Panel panel = panel_of(weight, row, x.blocks);
-            const int64_t num_rows = std::min(kPanelRows, weight.rows - row);
-            for (int64_t first = start; first < end; first += kMaxRows) {
-                const int64_t count = std::min<int64_t>(kMaxRows, end - first), at = first * x.blocks;
-                const Rows input{x.rows + at * kBlock, x.scales + at, x.sums + at, x.blocks};
-                multiply_panel(panel, group_blocks, input, count, totals);
-                for (int64_t i = 0; i < count; ++i) {
-                    float* to = y + (first + i) * y_stride + row;
-                    for (int64_t j = 0; j < num_rows; ++j)
-                        to[j] = totals[i][j] + (weight.bias == nullptr ? 0.0f : weight.bias[row + j]);
+    const auto* lines = static_cast<const uint8_t*>(weight.data);
+    const auto* scales = static_cast<const f16*>(weight.scales);
+    const auto* zeros = static_cast<const uint8_t*>(weight.zeros);
+    const int64_t group_blocks = weight.group / kBlock, groups = (x.blocks + group_blocks - 1) / group_blocks;
+    const int64_t streams = m <= kStreamRows ? kStreams : 1;
+    alignas(64) Totals totals[std::max(kStreams * kStreamRows, kRowBlock)];
+    for (int64_t first = 0; first < m; first += kRowBlock) {
+        const int64_t count = std::min(kRowBlock, m - first);
+        for (int64_t row = rows.begin; row < rows.end; row += streams * kPanelRows) {
+            const int64_t panel = row / kPanelRows;
+            const int64_t panels = std::min(streams, whole(rows.end - row, kPanelRows) / kPanelRows);
+            std::memset(totals, 0, panels * count * sizeof(Totals));
+            for (int64_t block = 0; block < x.blocks; ++block) {
+                const int64_t at = block * m + first;
+                const InputBlock input{x.values + at * kBlock, x.scales + at, x.sums + at, count};
+                for (int64_t i = 0; i < panels; ++i) {
+                    const int64_t group = ((panel + i) * groups + block / group_blocks) * kPanelRows;
+                    multiply_block({lines + ((panel + i) * x.blocks + block) * kBlockBytes, scales + group,
+                                    zeros == nullptr ? nullptr : zeros + group},
+                                   input, totals + i * count);
                 }
+            }
+            for (int64_t i = 0; i < panels * count; ++i) {
+                const int64_t channel = row + i / count * kPanelRows;
+                float* to = y + (first + i % count) * y_stride + channel;
+                for (int64_t j = 0; j < std::min(kPanelRows, weight.rows - channel); ++j)
+                    to[j] = totals[i][j] + (weight.bias == nullptr ? 0.0f : weight.bias[channel + j]);
             }
         }
     }

@@ -35,53 +35,90 @@ struct Packed {
     }
 };
 
-using Sums = int32_t[kPanelRows];
+// Of a row of x with a panel: kSums integers a row of the panel, which are still to be added up.
+#if defined(FUSELINE_WIDE)
+constexpr int kSums = 2;
+#else
+constexpr int kSums = 1;
+#endif
+using Sums = int32_t[kPanelRows * kSums];
+
+// Each multiply_panels<M, Panels> makes sums[panel][row] of M rows of x with panels that follow each other. Several at
+// once are as many streams from memory, which a core gets faster than one.
 
 #if defined(FUSELINE_WIDE)
 
-// Products of M rows of x with one panel. A line is four vectors of 16-bit integers, four columns of four rows each,
-// whose sums come out in pairs. Lines are taken whole, or in two passes by halves where more rows of x need registers.
-template <int M, int Vectors>
-void multiply_part(const int8_t* panel, const Input* x, int64_t cols, Sums* sums, int first) {
-    __m256i pairs[M][Vectors];
-#pragma GCC unroll 16
-    for (int i = 0; i < M * Vectors; ++i)
-        pairs[i / Vectors][i % Vectors] = _mm256_setzero_si256();
-    for (int64_t col = 0; col < cols; col += 4) {
-        const auto* line = reinterpret_cast<const __m128i*>(panel + col * kPanelRows) + first;
-        __m256i w[Vectors];
+constexpr int kMaxRows = 6;
+
+// As many as leave all sums in registers: a single one in memory halves the speed.
+constexpr int panels_at_once(int m) {
+    return m == 1 || m == 3 ? 3 : m <= 4 ? 2 : 1;
+}
+
+// Columns whose part of a few panels stays in the first-level cache from one pass to the next.
+constexpr int64_t kChunk = 256;
+
+// A line is four vectors of 16-bit integers, four columns of four rows each, whose sums come out in pairs. A pass takes
+// Vectors of the four, from First on, and meanwhile fetches its part of the next chunk, which the hardware would not
+// get ahead of. Adds columns [chunk.begin, chunk.end) to the sums. Not inlined, since GCC then keeps them in registers.
+template <int M, int Panels, int Vectors, int First>
+__attribute__((noinline)) void add_products(const int8_t* panels, const Input* x, int64_t cols, Range chunk,
+                                            const int8_t* next, Sums* sums) {
+    __m256i pairs[Panels][M][Vectors];
 #pragma GCC unroll 4
-        for (int vector = 0; vector < Vectors; ++vector)
-            w[vector] = _mm256_cvtepi8_epi16(_mm_loadu_si128(line + vector));
+    for (int panel = 0; panel < Panels; ++panel)
 #pragma GCC unroll 8
-        for (int row = 0; row < M; ++row) {
-            const __m256i input = _mm256_set1_epi64x(load_bytes<int64_t>(x + row * cols + col));
+        for (int row = 0; row < M; ++row)
 #pragma GCC unroll 4
-            for (int vector = 0; vector < Vectors; ++vector) {
-                const __m256i products = _mm256_madd_epi16(w[vector], input);
-                pairs[row][vector] = _mm256_add_epi32(pairs[row][vector], products);
+            for (int vector = 0; vector < Vectors; ++vector)
+                pairs[panel][row][vector] = load_bytes<__m256i>(sums[panel * M + row] + 8 * (First + vector));
+    for (int64_t col = chunk.begin; col < chunk.end; col += 4) {
+#pragma GCC unroll 4
+        for (int panel = 0; panel < Panels; ++panel) {
+            const int8_t* line = panels + (panel * cols + col) * kPanelRows;
+            if (Vectors < 4 && panel % (4 / Vectors) == First / Vectors)
+                __builtin_prefetch(next + (panel * cols + col - chunk.begin) * kPanelRows);
+            __m256i w[Vectors];
+#pragma GCC unroll 4
+            for (int vector = 0; vector < Vectors; ++vector)
+                w[vector] = _mm256_cvtepi8_epi16(load_bytes<__m128i>(line + 16 * (First + vector)));
+#pragma GCC unroll 8
+            for (int row = 0; row < M; ++row) {
+                const __m256i input = _mm256_set1_epi64x(load_bytes<int64_t>(x + row * cols + col));
+#pragma GCC unroll 4
+                for (int vector = 0; vector < Vectors; ++vector)
+                    pairs[panel][row][vector] =
+                        _mm256_add_epi32(pairs[panel][row][vector], _mm256_madd_epi16(w[vector], input));
             }
         }
     }
-    for (int row = 0; row < M; ++row) {
-#pragma GCC unroll 2
-        for (int vector = 0; vector < Vectors; vector += 2) {
-            const __m256i mixed = _mm256_hadd_epi32(pairs[row][vector], pairs[row][vector + 1]);
-            auto* to = reinterpret_cast<__m256i*>(sums[row] + 4 * (first + vector));
-            _mm256_storeu_si256(to, _mm256_permute4x64_epi64(mixed, 0xd8));
-        }
-    }
+#pragma GCC unroll 4
+    for (int panel = 0; panel < Panels; ++panel)
+#pragma GCC unroll 8
+        for (int row = 0; row < M; ++row)
+#pragma GCC unroll 4
+            for (int vector = 0; vector < Vectors; ++vector)
+                std::memcpy(sums[panel * M + row] + 8 * (First + vector), &pairs[panel][row][vector], 32);
 }
 
-constexpr int kMaxRows = 6;
-
-template <int M>
-void multiply_panel(const int8_t* panel, const Input* x, int64_t cols, Sums* sums) {
-    if constexpr (M <= 2) {
-        multiply_part<M, 4>(panel, x, cols, sums, 0);
-    } else {
-        multiply_part<M, 2>(panel, x, cols, sums, 0);
-        multiply_part<M, 2>(panel, x, cols, sums, 2);
+template <int M, int Panels>
+void multiply_panels(const int8_t* panels, const Input* x, int64_t cols, Sums* sums) {
+    constexpr int kVectors = M * Panels <= 3 ? 4 : M * Panels <= 6 ? 2 : 1;
+    std::memset(sums, 0, Panels * M * sizeof(Sums));
+    if constexpr (kVectors == 4)
+        return add_products<M, Panels, 4, 0>(panels, x, cols, {0, cols}, nullptr, sums);
+    for (int64_t col = 0; col < cols; col += kChunk) {
+        const Range chunk{col, std::min(col + kChunk, cols)};
+        const int8_t* next = panels + (chunk.end < cols ? chunk.end : Panels * cols) * kPanelRows;
+        if constexpr (kVectors == 2) {
+            add_products<M, Panels, 2, 0>(panels, x, cols, chunk, next, sums);
+            add_products<M, Panels, 2, 2>(panels, x, cols, chunk, next, sums);
+        } else if constexpr (kVectors == 1) {
+            add_products<M, Panels, 1, 0>(panels, x, cols, chunk, next, sums);
+            add_products<M, Panels, 1, 1>(panels, x, cols, chunk, next, sums);
+            add_products<M, Panels, 1, 2>(panels, x, cols, chunk, next, sums);
+            add_products<M, Panels, 1, 3>(panels, x, cols, chunk, next, sums);
+        }
     }
 }
 
@@ -89,32 +126,38 @@ void multiply_panel(const int8_t* panel, const Input* x, int64_t cols, Sums* sum
 
 constexpr int kMaxRows = kDotBytes == 64 ? 8 : 4;
 
+constexpr int panels_at_once(int m) {
+    return kDotBytes == 64 ? (m <= 2 ? 4 : m <= 4 ? 3 : 2) : (m == 1 ? 3 : 1);
+}
+
 // The instruction takes one operand unsigned: x + 128, of which 128 times the sum of w is taken away again.
-template <int M>
-void multiply_panel(const int8_t* panel, const Input* x, int64_t cols, Sums* sums) {
+template <int M, int Panels>
+void multiply_panels(const int8_t* panels, const Input* x, int64_t cols, Sums* sums) {
     constexpr int kVectors = kLine / kDotBytes;
-    constexpr int32_t kFlip = int32_t(0x80808080u);
-    const i32d shift = kFlip - i32d{};
-    i32d dots[M][kVectors] = {}, excess[kVectors] = {};
+    const i32d shift = int32_t(0x80808080u) - i32d{};
+    i32d dots[Panels][M][kVectors] = {}, excess[Panels][kVectors] = {};
     for (int64_t col = 0; col < cols; col += 4) {
-        i32d w[kVectors];
-#pragma GCC unroll 2
-        for (int vector = 0; vector < kVectors; ++vector) {
-            w[vector] = load_bytes<i32d>(panel + col * kPanelRows + vector * kDotBytes);
-            excess[vector] = dot4(excess[vector], shift, w[vector]);
+        i32d w[Panels][kVectors];
+#pragma GCC unroll 8
+        for (int i = 0; i < Panels * kVectors; ++i) {
+            const int panel = i / kVectors, vector = i % kVectors;
+            w[panel][vector] = load_bytes<i32d>(panels + (panel * cols + col) * kPanelRows + vector * kDotBytes);
+            excess[panel][vector] = dot4(excess[panel][vector], shift, w[panel][vector]);
         }
 #pragma GCC unroll 8
         for (int row = 0; row < M; ++row) {
             const i32d input = splat_bytes(x + row * cols + col) ^ shift;
-#pragma GCC unroll 2
-            for (int vector = 0; vector < kVectors; ++vector)
-                dots[row][vector] = dot4(dots[row][vector], input, w[vector]);
+#pragma GCC unroll 8
+            for (int i = 0; i < Panels * kVectors; ++i) {
+                i32d& dot = dots[i / kVectors][row][i % kVectors];
+                dot = dot4(dot, input, w[i / kVectors][i % kVectors]);
+            }
         }
     }
-    for (int row = 0; row < M; ++row) {
+    for (int i = 0; i < Panels * M; ++i) {
         for (int vector = 0; vector < kVectors; ++vector) {
-            const i32d dot = dots[row][vector] - excess[vector];
-            std::memcpy(sums[row] + vector * kDotLanes, &dot, sizeof dot);
+            const i32d dot = dots[i / M][i % M][vector] - excess[i / M][vector];
+            std::memcpy(sums[i] + vector * kDotLanes, &dot, sizeof dot);
         }
     }
 }
@@ -123,8 +166,13 @@ void multiply_panel(const int8_t* panel, const Input* x, int64_t cols, Sums* sum
 
 constexpr int kMaxRows = 4;
 
-template <int M>
-void multiply_panel(const int8_t* panel, const Input* x, int64_t cols, Sums* sums) {
+constexpr int panels_at_once(int) {
+    return 1;
+}
+
+template <int M, int Panels>
+void multiply_panels(const int8_t* panel, const Input* x, int64_t cols, Sums* sums) {
+    static_assert(Panels == 1);
     for (int row = 0; row < M; ++row) {
         int32_t total[kPanelRows] = {};
         for (int64_t col = 0; col < cols; col += 4) {
@@ -140,25 +188,53 @@ void multiply_panel(const int8_t* panel, const Input* x, int64_t cols, Sums* sum
 
 #endif
 
-template <int M = kMaxRows>
-void multiply_panel(const int8_t* panel, const Input* x, int64_t cols, int64_t m, Sums* sums) {
-    if constexpr (M > 1) {
-        if (m < M)
-            return multiply_panel<M - 1>(panel, x, cols, m, sums);
-    }
-    multiply_panel<M>(panel, x, cols, sums);
-}
-
-// y = sums, scaled, plus bias; rows of the weight from `row` on, as many as the panel has.
+// y = sums, each of Parts integers, scaled, plus bias; rows of the weight from `row` on, as many as the panel has.
+template <int Parts>
 void finish(const LinearWeight& weight, int64_t row, const int32_t* sums, float x_scale, float* y) {
     const auto* scales = static_cast<const float*>(weight.scales) + row;
     const int64_t count = std::min(kPanelRows, weight.rows - row);
-    for (int64_t i = 0; i < count; ++i)
-        y[i] = float(sums[i]) * (scales[i] * x_scale) + (weight.bias == nullptr ? 0.0f : weight.bias[row + i]);
+    for (int64_t i = 0; i < count; ++i) {
+        int32_t sum = 0;
+        for (int part = 0; part < Parts; ++part)
+            sum += sums[i * Parts + part];
+        y[i] = float(sum) * (scales[i] * x_scale) + (weight.bias == nullptr ? 0.0f : weight.bias[row + i]);
+    }
 }
 
 const int8_t* panel_of(const LinearWeight& weight, int64_t row, int64_t padded_cols) {
     return static_cast<const int8_t*>(weight.data) + row * padded_cols;
+}
+
+// Rows of the weight times rows [from.begin, from.begin + M) of x.
+template <int M, int Panels>
+void multiply_some(const LinearWeight& weight, Range rows, const Packed& x, Range from, float* y, int64_t y_stride) {
+    alignas(64) Sums sums[Panels * M];
+    int64_t row = rows.begin;
+    for (; row + (Panels - 1) * kPanelRows < rows.end; row += Panels * kPanelRows) {
+        multiply_panels<M, Panels>(panel_of(weight, row, x.cols), x.rows + from.begin * x.cols, x.cols, sums);
+        for (int i = 0; i < Panels * M; ++i) {
+            const int64_t at = from.begin + i % M, channel = row + i / M * kPanelRows;
+            finish<kSums>(weight, channel, sums[i], x.scales[at], y + at * y_stride + channel);
+        }
+    }
+    if constexpr (Panels > 1) {
+        if (row < rows.end)
+            multiply_some<M, 1>(weight, {row, rows.end}, x, from, y, y_stride);
+    }
+}
+
+// The same for up to kMaxRows rows of x; streams: the weight comes from memory.
+template <int M = kMaxRows>
+void multiply_rows(const LinearWeight& weight, Range rows, const Packed& x, Range from, bool streams, float* y,
+                   int64_t y_stride) {
+    if constexpr (M > 1) {
+        if (from.size() < M)
+            return multiply_rows<M - 1>(weight, rows, x, from, streams, y, y_stride);
+    }
+    if (streams)
+        multiply_some<M, panels_at_once(M)>(weight, rows, x, from, y, y_stride);
+    else
+        multiply_some<M, 1>(weight, rows, x, from, y, y_stride);
 }
 
 #if defined(FUSELINE_TILES)
@@ -213,9 +289,9 @@ void multiply_with_tiles(const LinearWeight& weight, Range rows, const Packed& x
                 multiply(tiles, panels, input, x.cols, sums[0]);
                 for (int64_t i = first; i < std::min(first + 2 * kTileRows, block_end); ++i) {
                     float* to = y + i * y_stride + row;
-                    finish(weight, row, sums[i - first], x.scales[i], to);
+                    finish<1>(weight, row, sums[i - first], x.scales[i], to);
                     if (two_panels)
-                        finish(weight, row + kPanelRows, sums[i - first] + kPanelRows, x.scales[i], to + kPanelRows);
+                        finish<1>(weight, row + kPanelRows, sums[i - first] + kPanelRows, x.scales[i], to + kPanelRows);
                 }
             }
         }
@@ -254,16 +330,14 @@ void multiply_int8(const LinearWeight& weight, Range rows, const void* packed, i
     if (m >= kTilesFrom && Tiles::usable())
         return multiply_with_tiles(weight, rows, x, m, y, y_stride);
 #endif
-    alignas(64) Sums sums[kMaxRows];
+    if (m <= kMaxRows)
+        return multiply_rows(weight, rows, x, {0, m}, true, y, y_stride);
     for (int64_t block = 0; block < m; block += kRowBlock) {
         const int64_t block_end = std::min(block + kRowBlock, m);
         for (int64_t row = rows.begin; row < rows.end; row += kPanelRows) {
-            const int8_t* panel = panel_of(weight, row, x.cols);
             for (int64_t first = block; first < block_end; first += kMaxRows) {
-                const int64_t count = std::min<int64_t>(kMaxRows, block_end - first);
-                multiply_panel(panel, x.rows + first * x.cols, x.cols, count, sums);
-                for (int64_t i = 0; i < count; ++i)
-                    finish(weight, row, sums[i], x.scales[first + i], y + (first + i) * y_stride + row);
+                const Range some{first, std::min<int64_t>(first + kMaxRows, block_end)};
+                multiply_rows(weight, {row, std::min(row + kPanelRows, rows.end)}, x, some, false, y, y_stride);
             }
         }
     }
