@@ -9,13 +9,13 @@ from ..quantized import ACTIVATION_BLOCK, DEFAULT_ZERO, PANEL_ROWS, QuantizedWei
 
 Tensor = torch.Tensor
 _SMALLEST_SCALE = float(torch.finfo(torch.float16).smallest_normal)
+_TINY = 1e-30
 
 
 def round_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Round each row of float [rows, cols] to int8 and a float32 scale [rows]: ``weight ~ scale[:, None] * q``."""
     weight = weight.float()
-    scales = weight.abs().amax(1) / 127
-    inverse = torch.where(scales > 0, 1 / scales, 0.0)
+    scales, inverse = _scales(weight.abs().amax(1))
     return (weight * inverse[:, None]).round_().clamp_(-127, 127).to(torch.int8), scales
 
 
@@ -80,8 +80,7 @@ def round_activations(x: Tensor, block: int) -> Tensor:
     """``x`` [..., cols] rounded, for each row and ``block`` columns, to multiples of ``max|x| / 127``; float32."""
     cols = x.shape[-1]
     blocks = F.pad(x.float(), (0, -cols % block)).view(*x.shape[:-1], -1, block)
-    scales = blocks.abs().amax(-1, keepdim=True) / 127
-    inverse = torch.where(scales == 0, 0.0, 1 / scales)
+    scales, inverse = _scales(blocks.abs().amax(-1, keepdim=True))
     rounded: Tensor = (blocks * inverse).round_() * scales
     return rounded.flatten(-2)[..., :cols]
 
@@ -92,6 +91,12 @@ def linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
         x = x[..., weight.order]
     rounded = round_activations(x, weight.cols if weight.bits == 8 else ACTIVATION_BLOCK)
     return F.linear(rounded, dequantize(weight), None if bias is None else bias.float())
+
+
+def _scales(largest: Tensor) -> tuple[Tensor, Tensor]:
+    """Of int8 and its inverse; zero for values so small that the inverse might overflow."""
+    scales = torch.where(largest < _TINY, 0.0, largest / 127)
+    return scales, torch.where(scales == 0, 0.0, 1 / scales)
 
 
 def _pad_rows(x: Tensor, panels: int) -> Tensor:

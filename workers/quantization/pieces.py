@@ -10,10 +10,12 @@ from dataclasses import dataclass
 
 import torch
 
+from ...kernels.cpu.library import native_library
+from ...kernels.cpu.rounding import round_weight
 from ...kernels.quantized import ACTIVATION_BLOCK, PANEL_ROWS, QuantizedWeight, tensor_layout
-from ...kernels.reference.quantized import pack_int4, pack_int8
+from ...kernels.reference.quantized import pack_int4, pack_int8, round_to_int4, round_to_int8
 from ...runtime.errors import ModelFormatError
-from ..checkpoint import Checkpoint
+from ..checkpoint import FLOATS, Checkpoint
 from .config import ROUNDED, WHOLE_ROW, LinearFormat
 from .sources import Module, Unpacked, check_stored, read_order, read_slice, stored_tensors
 
@@ -92,6 +94,12 @@ def fill(checkpoint: Checkpoint, piece: QuantizedPiece) -> Iterator[float]:
         ModelFormatError: a value cannot be used, or the parts order their inputs differently.
     """
     out = piece.out
+    step = max(1, CHUNK_ELEMENTS // (out.cols * PANEL_ROWS)) * PANEL_ROWS
+    if piece.form.method == ROUNDED:
+        for start in range(0, out.rows, step):
+            _round(checkpoint, piece, start, min(start + step, out.rows))
+            yield min(start + step, out.rows) / out.rows
+        return
     orders = [read_order(checkpoint, piece.form, part.module) for part in piece.parts]
     if (order := orders[0]) is not None and out.order is not None:
         for part, other in zip(piece.parts, orders, strict=True):
@@ -102,7 +110,6 @@ def fill(checkpoint: Checkpoint, piece: QuantizedPiece) -> Iterator[float]:
                     tensor=part.module.name,
                 )
         out.order.copy_(order)
-    step = max(1, CHUNK_ELEMENTS // (out.cols * PANEL_ROWS)) * PANEL_ROWS
     for start in range(0, out.rows, step):
         end = min(start + step, out.rows)
         unpacked = _stack([read_slice(checkpoint, *span, order) for span in _spans(piece, start, end)])
@@ -112,6 +119,24 @@ def fill(checkpoint: Checkpoint, piece: QuantizedPiece) -> Iterator[float]:
         else:
             pack_int4(unpacked.q, unpacked.scales, unpacked.zeros, target)
         yield end / out.rows
+
+
+def _round(checkpoint: Checkpoint, piece: QuantizedPiece, start: int, end: int) -> None:
+    """Fill rows ``[start, end)`` with floats rounded to nearest."""
+    target, parts = piece.out.panels(start, end), []
+    for _, module, rows, cols in _spans(piece, start, end):
+        name, whole = f"{module.name}.weight", (module.rows, module.cols)
+        parts.append(checkpoint.read_range(name, whole, FLOATS, rows, cols))
+    weight = parts[0] if len(parts) == 1 else torch.cat(parts)
+    if (library := native_library()) is not None:
+        round_weight(library, weight, target)
+    elif target.bits == 8:
+        pack_int8(*round_to_int8(weight), target)
+    else:
+        pack_int4(*round_to_int4(weight, target.group), target)
+    if not torch.isfinite(target.scales).all():
+        names = " or ".join(f"{part.module.name}.weight" for part in piece.parts)
+        raise ModelFormatError(f"{names} has values that are not finite", tensor=names)
 
 
 def _spans(

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 import torch
 
 from ...kernels.quantized import DEFAULT_ZERO, num_groups
-from ...kernels.reference.quantized import round_to_int4, round_to_int8
 from ...runtime.errors import ModelFormatError
 from ..checkpoint import FLOATS, Checkpoint
 from .config import AWQ, GPTQ, ROUNDED, WHOLE_ROW, LinearFormat
@@ -138,7 +137,7 @@ def read_slice(
     cols: tuple[int, int],
     order: Tensor | None,
 ) -> Unpacked:
-    """Read output channels ``rows`` and input channels ``cols`` of a layer, and nothing else.
+    """Read output channels ``rows`` and input channels ``cols`` of a quantised layer, and nothing else.
 
     Args:
         cols: from a group's start to a group's end; with ``order`` all of them.
@@ -148,8 +147,6 @@ def read_slice(
         ModelFormatError: a value cannot be used.
     """
     reader = _Reader(checkpoint, form, module, rows, cols)
-    if form.method == ROUNDED:
-        return reader.rounded()
     if form.bits == 8:
         return reader.int8()
     if form.method == GPTQ:
@@ -184,13 +181,6 @@ class _Reader:
     def read(self, name: str, first: tuple[int, int], second: tuple[int, int]) -> Tensor:
         full = f"{self._module.name}.{name}"
         return self._checkpoint.read_range(full, *self._stored[full], first, second)
-
-    def rounded(self) -> Unpacked:
-        weight = self.read("weight", self._rows, self._cols)
-        unpacked = Unpacked(
-            *(round_to_int8(weight) if self._form.bits == 8 else round_to_int4(weight, self._form.group))
-        )
-        return self._checked(unpacked, "weight")
 
     def int8(self) -> Unpacked:
         scales = self.read("weight_scale", self._rows, (0, 1))[:, 0].float()

@@ -27,6 +27,9 @@ inline int64_t whole(int64_t n, int64_t unit) {
     return (n + unit - 1) / unit * unit;
 }
 
+// What is smaller than this is rounded to zero: its scale's inverse might overflow.
+constexpr float kTiny = 1e-30f;
+
 // --- rounding x -------------------------------------------------------------------------------------------------
 
 // A row of x in blocks of kBlock values, in the order of the weight's columns, zeros behind the last.
@@ -68,7 +71,7 @@ class Extent {
             largest = largest_[lane] > largest ? largest_[lane] : largest;
             poison += poison_[lane];
         }
-        return (largest < 1e-30f ? 0.0f : largest / 127.0f) + poison;
+        return (largest < kTiny ? 0.0f : largest / 127.0f) + poison;
     }
 
   private:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fuseline.kernels.cpu.linear import describe_weight, linear
+from fuseline.kernels.cpu.rounding import round_weight
 from fuseline.kernels.errors import KernelArgumentError
 from fuseline.kernels.quantized import QuantizedWeight, tensor_layout
 from fuseline.kernels.reference import quantized as reference
@@ -146,3 +147,46 @@ def test_an_order_of_columns_that_do_not_exist_is_refused() -> None:
     for order in (weight.order + 1, weight.order - 1):
         with pytest.raises(KernelArgumentError, match="order names columns"):
             describe_weight(replace(weight, order=order))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 70),
+    cols=st.one_of(st.integers(1, 200), st.integers(500, 520)),
+    form=st.sampled_from([(8, 0), (4, 32), (4, 64), (4, 128)]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    threads=st.integers(1, 3),
+    seed=st.integers(0, 2**31),
+)
+def test_rounding_weights_gives_the_bits_of_the_reference(
+    library: ctypes.CDLL, rows: int, cols: int, form: tuple[int, int], dtype: torch.dtype, threads: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    bits, group = form
+    weight = torch.randn(rows, cols + 3) * torch.logspace(-6, 2, rows)[:, None]
+    weight[:, : cols // 4] = torch.randint(-30, 31, (rows, cols // 4)) / 2  # ties
+    weight[rows // 2, cols // 3 :] = 0
+    weight[rows // 3] = weight[rows // 3].abs()
+    weight = weight.to(dtype)[:, :cols]
+    rounded = random_weight(bits, rows, cols, group, zeros=bits == 4)
+    expected = random_weight(bits, rows, cols, group, zeros=bits == 4)
+    if bits == 8:
+        reference.pack_int8(*reference.round_to_int8(weight), expected)
+    else:
+        reference.pack_int4(*reference.round_to_int4(weight, group), expected)
+    library.fl_cpu_team_resize(threads, None)
+    round_weight(library, weight, rounded)
+    for name, tensor in expected.tensors().items():
+        assert torch.equal(rounded.tensors()[name], tensor), name
+
+
+def test_only_what_fits_is_rounded(library: ctypes.CDLL) -> None:
+    for out in (random_weight(8, 16, 64, 0, zeros=False), random_weight(4, 16, 65, 32, zeros=False)):
+        with pytest.raises(KernelArgumentError, match="cannot round"):
+            round_weight(library, torch.ones(16, 65), out)
+    out = random_weight(8, 4, 64, 0, zeros=False)
+    for bad in (float("nan"), float("inf")):
+        weight = torch.ones(4, 64)
+        weight[2, 63] = bad
+        round_weight(library, weight, out)
+        assert out.scales[:4].isfinite().tolist() == [True, True, False, True]

@@ -86,7 +86,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
         model.model.layers[0].mlp.up_proj.weight[3, 5] = torch.inf
     write_checkpoint(tmp_path, model)
     for quantization in ROUNDINGS:
-        with pytest.raises(ModelFormatError, match=r"up_proj\.weight has values"):
+        with pytest.raises(ModelFormatError, match=r"up_proj\.weight has values that are not finite"):
             load(tmp_path, quantization)
 
 
