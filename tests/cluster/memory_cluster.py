@@ -17,7 +17,7 @@ from fuseline.runtime.role import WorkerRole
 from fuseline.tests.timing import PATIENTLY_S
 
 CONFIG = ClusterConfig(device="cpu", prefill=PoolConfig(1), decode=PoolConfig(1))
-LIMITS = Limits(start_timeout_s=5, drain_timeout_s=5, first_delay_s=0.01, max_delay_s=0.05)
+LIMITS = Limits(start_timeout_s=PATIENTLY_S, drain_timeout_s=PATIENTLY_S, first_delay_s=0.01, max_delay_s=0.05)
 
 
 @dataclass
