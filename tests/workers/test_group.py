@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
+from fuseline.cluster.processes import children, wait_ended
 from fuseline.runtime.config import SchedulerConfig
 from fuseline.runtime.errors import (
     InternalError,
@@ -128,16 +129,18 @@ def test_ranks_end_with_the_process_of_their_group(tiny: Path) -> None:
     )
     with owner:
         assert owner.stdout is not None
-        child = psutil.Process(int(owner.stdout.readline()))
+        rank = int(owner.stdout.readline())
+        ranks = {process for process in children(owner.pid) if process.pid == rank}
         owner.kill()
-    child.wait(2)
+    assert ranks
+    assert wait_ended(ranks, PROMPTLY_S) == set()
 
 
 def test_a_forgotten_llm_is_closed(tiny: Path) -> None:
     llm = LLM(str(tiny), **SMALL_LLM, tensor_parallel_size=2)
     (process,) = rank_processes()
     del llm
-    process.wait(5)
+    process.wait(PROMPTLY_S)
 
 
 def test_prefix_caching_can_be_off_where_it_must_be(tmp_path: Path) -> None:
