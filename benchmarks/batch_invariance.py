@@ -5,9 +5,9 @@
 The linear layers of a model, a few of its layers and the head, one after the other with random float32 weights that
 no cache holds, for 1 to 512 rows of input on one thread: by the native kernels, whose bits are the same for every
 number of rows, and by torch (MKL or oneDNN), which is free to choose another algorithm for each. The two take turns;
-a figure is the median of the rounds. ``cost`` is how much longer a pass takes than the faster of the two, which is the
-best that one could do who gave up invariance. ``differ`` is the share of the first row's results whose bits change
-when it is computed alone: it has to be none of ours.
+a figure is the median of the rounds. ``cost`` is how much longer a pass takes than the faster of the two, which is
+the best that one could do who gave up invariance. ``differ`` is the share of the first row's results whose bits
+change when it is computed alone: it has to be none of ours.
 """
 
 from __future__ import annotations
