@@ -6,7 +6,7 @@ import dataclasses
 import ipaddress
 from dataclasses import dataclass
 
-from ..runtime.config import CacheConfig, SchedulerConfig, check_quantization
+from ..runtime.config import CacheConfig, SchedulerConfig, check_kv_cache_dtype, check_quantization
 from ..runtime.errors import InvalidArgumentError
 from ..runtime.role import WorkerRole
 from ..runtime.sharding import ParallelConfig
@@ -118,6 +118,7 @@ class ClusterConfig:
         model: "demo", a folder, or a model's name on the Hugging Face hub.
         served_name: what clients call the model; empty for ``model``.
         quantization: of the linear layers, one of ``runtime.config.QUANTIZATIONS``.
+        kv_cache_dtype: one of ``runtime.config.KV_CACHE_DTYPES``.
         device: "auto" becomes "cuda" when the Ray cluster has GPUs enough for the target, else "cpu".
         prefill: with 0 replicas there is no prefill pool and decode workers compute prompts themselves.
         host, port: where the gateway listens; port 0 lets the system choose.
@@ -136,6 +137,7 @@ class ClusterConfig:
     served_name: str = ""
     dtype: str = "auto"
     quantization: str = "auto"
+    kv_cache_dtype: str = "auto"
     device: str = "auto"
     prefill: PoolConfig = PoolConfig()
     decode: PoolConfig = PoolConfig()
@@ -152,6 +154,7 @@ class ClusterConfig:
         _check_choice("dtype", self.dtype, DTYPES)
         _check_choice("device", self.device, DEVICES)
         check_quantization(self.quantization)
+        check_kv_cache_dtype(self.kv_cache_dtype)
         check_num_replicas("decode", self.decode.num_replicas, 1)
         if not self.model:
             raise InvalidArgumentError("model must not be empty", field="model", value=self.model)

@@ -99,6 +99,7 @@ def group_config(config: ClusterConfig, pool: WorkerRole) -> GroupConfig:
         device=config.device,
         dtype=config.dtype,
         quantization=config.quantization,
+        kv_cache_dtype=config.kv_cache_dtype,
         max_model_len=limits.max_model_len,
         parallel=config.pool(pool).parallel,
         scheduler=limits.scheduler(),

@@ -57,7 +57,15 @@ def run_cluster(config: ClusterConfig, say: Say) -> None:
     with _signals() as stopping:
         path = resolve_model(config.model)
         limits = config.limits
-        model = model_info(path, config.dtype, limits.max_model_len, config.name, config.device, config.quantization)
+        model = model_info(
+            path,
+            config.dtype,
+            limits.max_model_len,
+            config.name,
+            config.device,
+            config.quantization,
+            config.kv_cache_dtype,
+        )
         for pool in (config.prefill, config.decode):
             check_cut(path, pool.parallel, config.quantization)
         tokenizer = Tokenizer.load(path)

@@ -83,11 +83,13 @@ def check_window(window: int | None, plan: AttentionPlan) -> None:
 
 
 def check_layer(kv_layer: Tensor, plan: AttentionPlan) -> None:
-    """A layer's cache of the geometry that the plan was made for."""
+    """A layer's cache of the geometry that the plan was made for, in the dtype of its queries or in int8."""
     if kv_layer.dim() != 5 or kv_layer.shape[0] != 2 or not kv_layer.is_contiguous():
         raise KernelArgumentError(f"a layer's cache is contiguous [2, blocks, K, size, D], got {describe(kv_layer)}")
     if KvGeometry.of(kv_layer) != plan.geometry:
         raise KernelArgumentError(f"the plan was made for {plan.geometry}, the cache is {describe(kv_layer)}")
+    if kv_layer.dtype not in (plan.dtype, torch.int8):
+        raise KernelArgumentError(f"queries of {plan.dtype} need a cache of that or int8, got {describe(kv_layer)}")
 
 
 def check_step(step: StepMetadata, kv_cache: Tensor) -> None:

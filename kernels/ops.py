@@ -176,7 +176,7 @@ def plan_attention(
     """Prepare a step's metadata for the attention of all layers. Call once per step.
 
     Args:
-        kv_cache: [layers, 2, num_blocks, K, block_size, D]; only its shape is used.
+        kv_cache: [layers, 2, num_blocks, K, block_size, row_width], see ``kv_rows``; only its form is used.
         windows: the sliding windows that occur among the layers.
         dtype: of the queries.
 
@@ -191,14 +191,14 @@ def kv_store(key: Tensor, value: Tensor, kv_layer: Tensor, plan: AttentionPlan) 
     """Write the step's keys and values into their slots. Changes ``kv_layer``.
 
     Args:
-        key, value: [T, K, D].
-        kv_layer: [2, num_blocks, K, block_size, D], contiguous; keys, then values.
+        key, value: [T, K, D], of the plan's dtype.
+        kv_layer: [2, num_blocks, K, block_size, row_width], contiguous; keys, then values. Of int8, or as they are.
     """
     check_layer(kv_layer, plan)
     expected = (plan.step.num_tokens, plan.geometry.num_kv_heads, plan.geometry.head_dim)
     for name, tensor in (("key", key), ("value", value)):
-        if tuple(tensor.shape) != expected or tensor.dtype != kv_layer.dtype or tensor.device != kv_layer.device:
-            raise KernelArgumentError(f"{name} must be {expected} {kv_layer.dtype}, got {describe(tensor)}")
+        if tuple(tensor.shape) != expected or tensor.dtype != plan.dtype or tensor.device != kv_layer.device:
+            raise KernelArgumentError(f"{name} must be {expected} {plan.dtype}, got {describe(tensor)}")
     attention.kv_store(key, value, kv_layer, plan)
 
 
@@ -221,7 +221,7 @@ def paged_attention(
     heads, head_dim = plan.geometry.num_kv_heads, plan.geometry.head_dim
     if query.dim() != 3 or query.shape[0] != plan.step.num_tokens or query.shape[1] % heads:
         raise KernelArgumentError(f"query must be [{plan.step.num_tokens}, n * {heads}, D], got {describe(query)}")
-    if query.shape[2] != head_dim or query.dtype != kv_layer.dtype or query.device != kv_layer.device:
+    if query.shape[2] != head_dim or query.dtype != plan.dtype or query.device != kv_layer.device:
         raise KernelArgumentError(f"query {describe(query)} does not fit the cache {describe(kv_layer)}")
     check_window(sliding_window, plan)
     return attention.paged_attention(query, kv_layer, plan, scale, sliding_window)

@@ -10,6 +10,9 @@ from .sharding import ModelShape, ParallelConfig, check_shardable
 QUANTIZATIONS = ("auto", "none", "int8", "int4", "int4_g64", "int4_g128", "gptq", "awq", "compressed-tensors")
 """What ``--quantization`` may say; see ``workers.quantization.config`` for what it means."""
 
+KV_CACHE_DTYPES = ("auto", "int8")
+"""What ``--kv-cache-dtype`` may say; "auto" is the model's dtype."""
+
 
 def check_quantization(name: str) -> None:
     """Refuse a value that ``--quantization`` does not know.
@@ -17,12 +20,23 @@ def check_quantization(name: str) -> None:
     Raises:
         InvalidArgumentError: naming it.
     """
-    if name not in QUANTIZATIONS:
+    _check_choice("quantization", name, QUANTIZATIONS)
+
+
+def check_kv_cache_dtype(name: str) -> None:
+    """Refuse a value that ``--kv-cache-dtype`` does not know.
+
+    Raises:
+        InvalidArgumentError: naming it.
+    """
+    _check_choice("kv_cache_dtype", name, KV_CACHE_DTYPES)
+
+
+def _check_choice(field: str, name: str, choices: tuple[str, ...]) -> None:
+    if name not in choices:
+        known = ", ".join(choices)
         raise InvalidArgumentError(
-            f"quantization must be one of {', '.join(QUANTIZATIONS)}; got {name!r}",
-            field="quantization",
-            value=name,
-            limit=", ".join(QUANTIZATIONS),
+            f"{field} must be one of {known}; got {name!r}", field=field, value=name, limit=known
         )
 
 
@@ -40,13 +54,14 @@ class ModelInfo:
     Attributes:
         name: the name it is served under.
         fingerprint: hex SHA-256 over configuration and weight files; equal only for equal models.
-        dtype: of KV cache and weights that are not quantised, by torch's name without ``torch.``: "bfloat16",
-            "float16" or "float32".
+        dtype: of weights that are not quantised, by torch's name without ``torch.``: "bfloat16", "float16" or
+            "float32".
         max_model_len: most tokens, prompt and output together, that a sequence may have.
         eos_token_ids: each ends a sequence unless ``ignore_eos``.
         kv_depends_on_prompt_len: prompts that begin alike need not have the same KV (dynamic rotary embedding beyond
             its original length), so prefixes must not be shared.
         quantization: how linear layers are held, as ``--quantization`` names it; never "auto".
+        kv_cache_dtype: one of ``KV_CACHE_DTYPES``.
     """
 
     name: str
@@ -57,6 +72,12 @@ class ModelInfo:
     eos_token_ids: tuple[int, ...]
     kv_depends_on_prompt_len: bool = False
     quantization: str = "none"
+    kv_cache_dtype: str = "auto"
+
+    @property
+    def kv_dtype(self) -> str:
+        """Of the KV cache, named as ``dtype`` is."""
+        return self.dtype if self.kv_cache_dtype == "auto" else self.kv_cache_dtype
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,7 @@ class Provenance:
         model_fingerprint: see ``ModelInfo``.
         prefix_hash: ``token_prefix_hash`` of the prompt.
         num_tokens: prompt length in tokens.
-        dtype: of the KV bytes.
+        dtype: of the KV bytes, see ``ModelInfo.kv_dtype``.
     """
 
     request_id: str

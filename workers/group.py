@@ -34,9 +34,10 @@ class GroupConfig:
         model: "demo", a directory, or the id of a Hugging Face repository.
         name: it is served under; the directory's name when empty.
         device: "cpu", "cuda", or "auto" for cuda where there is one.
-        dtype: of weights, computation and KV cache; "auto" takes the checkpoint's, or float32 on a CPU with neither
+        dtype: of weights and computation; "auto" takes the checkpoint's, or float32 on a CPU with neither
             native kernels nor instructions for that.
         quantization: of the linear layers, one of ``runtime.config.QUANTIZATIONS``; "auto" takes the checkpoint's.
+        kv_cache_dtype: "int8", with a scale for each head of each token, or "auto" for that of the weights.
         max_model_len: None takes what the model was made for.
         num_kv_blocks: None takes what ``kv_cache_memory_bytes`` has room for.
         kv_cache_memory_bytes: per rank. None: what ``gpu_memory_utilization`` leaves on a GPU; on a CPU an eighth of
@@ -53,6 +54,7 @@ class GroupConfig:
     device: str = "auto"
     dtype: str = "auto"
     quantization: str = "auto"
+    kv_cache_dtype: str = "auto"
     max_model_len: int | None = None
     parallel: ParallelConfig = ParallelConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
@@ -138,7 +140,15 @@ class ModelGroup:
         launcher = launcher or LocalLauncher()
         device = _resolve_device(config.device)
         path = resolve_model(config.model)
-        info = model_info(path, config.dtype, config.max_model_len, config.name, device, config.quantization)
+        info = model_info(
+            path,
+            config.dtype,
+            config.max_model_len,
+            config.name,
+            device,
+            config.quantization,
+            config.kv_cache_dtype,
+        )
         parallel, scheduler = config.parallel, config.scheduler
         check_cut(path, parallel, info.quantization)
         # What can be refused is refused here; the number of blocks is settled once the weights are in memory.

@@ -121,6 +121,7 @@ class LLM:
         quantization: of the linear layers: "int8" (with 8-bit activations), "int4" (groups of 32), "int4_g64",
             "int4_g128" round the weights while loading, "none" leaves them; "auto" follows the checkpoint, which may
             be of GPTQ, AWQ or compressed-tensors.
+        kv_cache_dtype: "int8", with a scale for each head of each token, halves the KV cache; "auto" keeps ``dtype``.
         max_model_len: most tokens of a sequence, prompt and output; None takes what the model was made for.
         max_num_seqs: most sequences that run at once.
         max_num_batched_tokens: most tokens that one step computes.
@@ -143,6 +144,7 @@ class LLM:
         device: str = "auto",
         dtype: str = "auto",
         quantization: str = "auto",
+        kv_cache_dtype: str = "auto",
         max_model_len: int | None = None,
         block_size: int = 16,
         max_num_seqs: int = 64,
@@ -158,6 +160,7 @@ class LLM:
             device=device,
             dtype=dtype,
             quantization=quantization,
+            kv_cache_dtype=kv_cache_dtype,
             max_model_len=max_model_len,
             parallel=ParallelConfig(tensor_parallel_size, pipeline_parallel_size),
             scheduler=SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens),

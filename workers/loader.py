@@ -12,7 +12,7 @@ import torch
 
 from ..collectives.communicator import GroupCommunicators
 from ..kernels.cpu.library import native_library
-from ..runtime.config import ModelInfo
+from ..runtime.config import ModelInfo, check_kv_cache_dtype
 from ..runtime.errors import InvalidArgumentError, ModelFormatError, NotFoundError
 from ..runtime.sharding import ParallelConfig
 from .checkpoint import DTYPE_BYTES, FLOATS, Checkpoint
@@ -57,6 +57,7 @@ def model_info(
     name: str = "",
     device: str = "cpu",
     quantization: str = "auto",
+    kv_cache_dtype: str = "auto",
 ) -> ModelInfo:
     """Describe the model in a directory; reads headers and samples, not the weights.
 
@@ -66,11 +67,12 @@ def model_info(
         max_model_len: None takes ``max_position_embeddings``.
         name: that it is served under; the directory's when empty.
         quantization: one of ``runtime.config.QUANTIZATIONS``.
+        kv_cache_dtype: one of ``runtime.config.KV_CACHE_DTYPES``.
 
     Raises:
         NotFoundError: the directory holds no configuration or no weights.
         ModelFormatError: they are malformed or not supported.
-        InvalidArgumentError: of ``dtype``, ``max_model_len`` or ``quantization``.
+        InvalidArgumentError: of ``dtype``, ``max_model_len``, ``quantization`` or ``kv_cache_dtype``.
     """
     config = load_model_config(path)
     held = resolve_quantization(quantization, config.quantization)
@@ -89,6 +91,7 @@ def model_info(
             dtype = config.dtype or _stored_dtype(checkpoint, config)
             dtype = runnable_dtype(dtype, device)
     parse_dtype(dtype)
+    check_kv_cache_dtype(kv_cache_dtype)
     max_model_len = config.resolve_max_model_len(max_model_len)
     return ModelInfo(
         name=name or path.resolve().name,
@@ -96,6 +99,7 @@ def model_info(
         shape=config.shape(),
         dtype=dtype,
         quantization=held.name if held is not None else "none",
+        kv_cache_dtype=kv_cache_dtype,
         max_model_len=max_model_len,
         eos_token_ids=config.eos_token_ids,
         kv_depends_on_prompt_len=config.rope.kind == "dynamic" and max_model_len > config.max_position_embeddings,

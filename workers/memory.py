@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 
+from ..kernels.kv_rows import row_width
 from ..runtime.config import ModelInfo, SchedulerConfig
 from ..runtime.errors import ResourceExhaustedError
 from ..runtime.scheduler import MAX_PROMPT_LOGPROB_TOKENS
 from ..runtime.sharding import ParallelConfig, kv_range
-from .models.config import DTYPES
+from .models.config import DTYPES, KV_DTYPES
 
 # On a CPU the rest of the machine wants memory too, and nobody expects a default to take gigabytes.
 CPU_FRACTION_OF_FREE = 1 / 8
@@ -24,7 +25,9 @@ _WORKSPACE_SLACK = 1.25
 def kv_block_bytes(info: ModelInfo, parallel: ParallelConfig, rank: int, block_size: int) -> int:
     """Bytes of one KV block on a rank: keys and values of its layers and heads."""
     held = kv_range(info.shape, parallel, rank)
-    return held.num_layers * 2 * held.num_heads * block_size * info.shape.head_dim * DTYPES[info.dtype].itemsize
+    dtype = KV_DTYPES[info.kv_dtype]
+    row_bytes = row_width(info.shape.head_dim, dtype) * dtype.itemsize
+    return held.num_layers * 2 * held.num_heads * block_size * row_bytes
 
 
 def max_kv_blocks(

@@ -41,6 +41,7 @@ from .kv_server import KvServer
 from .loader import Progress, load_model, model_info, resolve_model
 from .memory import kv_budget_bytes, max_kv_blocks
 from .model_runner import ModelRunner
+from .models.config import KV_DTYPES
 from .models.decoder import DecoderModel
 from .models.registry import load_model_config
 from .rank_protocol import (
@@ -225,7 +226,7 @@ class RankWorker:
             raise InternalError("the KV cache was asked for before the model was loaded")
         cache = message.cache
         engine_config = EngineConfig(config.info, cache, config.scheduler, config.parallel)
-        kv_cache = model.new_kv_cache(cache.num_blocks, cache.block_size)
+        kv_cache = model.new_kv_cache(cache.num_blocks, cache.block_size, KV_DTYPES[config.info.kv_dtype])
         self._runner = ModelRunner(
             model, kv_cache, engine_config, communicators.pp, is_first_of_stage=communicators.tp.rank == 0
         )

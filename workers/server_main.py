@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", default=group.device, help="auto, cpu or cuda")
     add("--dtype", default=group.dtype, help="auto takes the checkpoint's")
     add("--quantization", default=group.quantization, help="auto takes the checkpoint's")
+    add("--kv-cache-dtype", default=group.kv_cache_dtype, help="int8, or auto for that of the weights")
     add("--tensor-parallel-size", type=int, default=1, help="ranks that share each layer")
     add("--pipeline-parallel-size", type=int, default=1, help="ranks that share the layers")
     add("--max-model-len", type=int, default=None, help="most tokens of a sequence; the model's own by default")
@@ -69,6 +70,7 @@ def _group_config(args: argparse.Namespace) -> GroupConfig:
         device=args.device,
         dtype=args.dtype,
         quantization=args.quantization,
+        kv_cache_dtype=args.kv_cache_dtype,
         max_model_len=args.max_model_len,
         parallel=ParallelConfig(args.tensor_parallel_size, args.pipeline_parallel_size),
         scheduler=SchedulerConfig(args.max_num_seqs, args.max_num_batched_tokens),

@@ -60,6 +60,9 @@ def serve(
             rich_help_panel=_ENGINE,
         ),
     ] = _CONFIG.quantization,
+    kv_cache_dtype: Annotated[
+        str, typer.Option(help="int8, or auto for that of the weights.", rich_help_panel=_ENGINE)
+    ] = _CONFIG.kv_cache_dtype,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.", rich_help_panel=_ENGINE)] = _CONFIG.device,
     max_model_len: Annotated[
         int | None,
@@ -114,6 +117,7 @@ def serve(
         served_name=served_model_name,
         dtype=dtype,
         quantization=quantization,
+        kv_cache_dtype=kv_cache_dtype,
         device=device,
         prefill=PoolConfig(
             prefill,

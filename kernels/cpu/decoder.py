@@ -18,12 +18,14 @@ import torch
 from ..checks import check_step, describe
 from ..errors import KernelArgumentError
 from ..exchange import NativeAllReduce
+from ..kv_rows import row_width
 from ..stacked import StackedWeight
 from ..types import AttentionSpec, AttentionWeights, MlpWeights, StepMetadata, Weight
 from .linear import DTYPES, LinearWeight, describe_weight
 from .structures import MAX_GATE_UP_PARTS, MAX_QKV_PARTS, NativeLayer, NativeModel, NativeStep
 
 Tensor = torch.Tensor
+KV_DTYPES = {**DTYPES, torch.int8: 3}
 _FAILURES = {
     -2: "a token id is outside the vocabulary",
     -3: "a slot is outside the KV cache",
@@ -155,7 +157,7 @@ class CpuDecoder:
         """Describe a step. What it points to must not change before its last op has run.
 
         Args:
-            kv_cache: [layers, 2, num_blocks, K, block_size, D], contiguous.
+            kv_cache: [layers, 2, num_blocks, K, block_size, row_width], contiguous; see ``kv_rows``.
             token_ids: int64[T], on the first stage.
             hidden: float32[T, H], on later ones; not changed.
             logits_indices: int64[S].
@@ -265,8 +267,9 @@ class CpuDecoder:
         return kept.data_ptr()
 
     def _check_cache(self, kv_cache: Tensor) -> None:
-        expected = (self._num_layers, 2, kv_cache.shape[2], self._num_kv_heads, kv_cache.shape[4], self._head_dim)
-        if tuple(kv_cache.shape) != expected or kv_cache.dtype not in DTYPES or not kv_cache.is_contiguous():
+        width = row_width(self._head_dim, kv_cache.dtype)
+        expected = (self._num_layers, 2, kv_cache.shape[2], self._num_kv_heads, kv_cache.shape[4], width)
+        if tuple(kv_cache.shape) != expected or kv_cache.dtype not in KV_DTYPES or not kv_cache.is_contiguous():
             raise KernelArgumentError(f"the cache must be {expected}, contiguous, got {describe(kv_cache)}")
         if kv_cache.device.type != "cpu":
             raise KernelArgumentError(f"the cache must be on the CPU, got {describe(kv_cache)}")
@@ -307,7 +310,7 @@ def _describe_step(native: NativeStep, step: StepMetadata, kv_cache: Tensor) -> 
     native.kv_data = kv_cache.data_ptr()
     native.num_blocks = kv_cache.shape[2]
     native.block_size = kv_cache.shape[4]
-    native.kv_dtype = DTYPES[kv_cache.dtype]
+    native.kv_dtype = KV_DTYPES[kv_cache.dtype]
 
 
 def _check_plan(plan: DecoderPlan) -> None:

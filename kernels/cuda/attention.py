@@ -74,9 +74,9 @@ def check_attention(residual: Tensor, delta: Tensor | None, tensors: AttentionTe
 
 def _check_cache(tensors: AttentionTensors, batch: int, device: torch.device, window: int) -> None:
     kv = tensors.kv
+    check_tensor("kv", kv, tuple(kv.shape), torch.bfloat16, device)
     if kv.dim() != 5 or kv.shape[0] != 2 or kv.shape[4] not in HEAD_DIMS:
         raise KernelArgumentError(f"kv must be [2, blocks, K, size, 64 or 128], got {tuple(kv.shape)}")
-    check_tensor("kv", kv, tuple(kv.shape), torch.bfloat16, device)
     num_blocks, block_size, width = kv.shape[1], kv.shape[3], tensors.block_tables.shape[-1]
     if block_size < MIN_BLOCK_SIZE or block_size & (block_size - 1):
         raise KernelArgumentError(f"the block size must be a power of two from 8 on, got {block_size}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from ..kv_rows import dequantize_rows, quantize_rows
 from .attention_plan import AttentionPlan, DecodeGroup, PrefillChunk
 
 Tensor = torch.Tensor
@@ -18,9 +19,11 @@ QUERY_PIECE = 256
 
 def kv_store(key: Tensor, value: Tensor, kv_layer: Tensor, plan: AttentionPlan) -> None:
     """See ``ops.kv_store``."""
-    head_dim = plan.geometry.head_dim
-    kv_layer[0].view(-1, head_dim).index_copy_(0, plan.store_rows, key.reshape(-1, head_dim))
-    kv_layer[1].view(-1, head_dim).index_copy_(0, plan.store_rows, value.reshape(-1, head_dim))
+    for kind, given in enumerate((key, value)):
+        rows = given.reshape(-1, plan.geometry.head_dim)
+        if kv_layer.dtype == torch.int8:
+            rows = quantize_rows(rows)
+        kv_layer[kind].view(-1, plan.geometry.row_width).index_copy_(0, plan.store_rows, rows)
 
 
 def paged_attention(
@@ -40,8 +43,14 @@ def paged_attention(
 
 
 def _gather(kv_layer: Tensor, pages: Tensor, plan: AttentionPlan) -> Tensor:
+    geometry = plan.geometry
     out = plan.workspace[: pages.shape[0]]
-    return torch.index_select(kv_layer.view(-1, out.shape[1]), 0, pages, out=out)
+    blocks = kv_layer.view(-1, geometry.block_size * geometry.row_width)
+    if kv_layer.dtype != torch.int8:
+        return torch.index_select(blocks, 0, pages, out=out)
+    rows = blocks.index_select(0, pages).view(-1, geometry.row_width)
+    out.view(-1, geometry.head_dim).copy_(dequantize_rows(rows))
+    return out
 
 
 def _decode(query: Tensor, kv_layer: Tensor, group: DecodeGroup, plan: AttentionPlan, scale: float) -> Tensor:

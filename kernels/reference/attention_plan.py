@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..kv_rows import row_head_dim, row_width
 from ..types import StepMetadata
 
 Tensor = torch.Tensor
@@ -27,18 +28,24 @@ GROUP_TOKENS = 16384
 
 @dataclass(frozen=True, slots=True)
 class KvGeometry:
-    """Sizes of one layer of the cache, [2, num_blocks, num_kv_heads, block_size, head_dim]."""
+    """Sizes of one layer of the cache, [2, num_blocks, num_kv_heads, block_size, row_width]; see ``kv_rows``."""
 
     num_blocks: int
     num_kv_heads: int
     block_size: int
     head_dim: int
+    dtype: torch.dtype
 
     @classmethod
     def of(cls, kv_layer: Tensor) -> KvGeometry:
         """Read them off one layer's tensor."""
-        _, num_blocks, num_kv_heads, block_size, head_dim = kv_layer.shape
-        return cls(num_blocks, num_kv_heads, block_size, head_dim)
+        _, num_blocks, num_kv_heads, block_size, _ = kv_layer.shape
+        return cls(num_blocks, num_kv_heads, block_size, row_head_dim(kv_layer), kv_layer.dtype)
+
+    @property
+    def row_width(self) -> int:
+        """Elements of a row."""
+        return row_width(self.head_dim, self.dtype)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -47,7 +54,8 @@ class DecodeGroup:
 
     Attributes:
         tokens: int64[n], their rows in the step; a group of all of the step's rows has them in order.
-        pages: int64[2 * n * K * s / block_size], rows of the layer seen as [2 * num_blocks * K, block_size * D].
+        pages: int64[2 * n * K * s / block_size], rows of the layer seen as [2 * num_blocks * K,
+            block_size * row_width].
         low, high: the part of the s gathered tokens that any query may see; for sequences of equal length, as for a
             single one, all of that part.
         padding: int64[...], rows of the gathered [2 * n * K * s, D] inside that part that a query may not see.
@@ -102,7 +110,7 @@ class AttentionPlan:
 
     @cached_property
     def store_rows(self) -> Tensor:
-        """int64[T * K], rows of a layer's keys seen as [num_blocks * K * block_size, D]."""
+        """int64[T * K], rows of a layer's keys seen as [num_blocks * K * block_size, row_width]."""
         return _store_rows(self.step.slot_mapping, self.geometry)
 
     @cached_property

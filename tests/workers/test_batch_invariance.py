@@ -20,16 +20,26 @@ COMPANY: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize(
-    ("dtype", "quantization"),
-    [("bfloat16", "none"), ("float16", "none"), ("float32", "none"), ("bfloat16", "int8"), ("bfloat16", "int4")],
+    ("dtype", "quantization", "kv_cache_dtype"),
+    [
+        ("bfloat16", "none", "auto"),
+        ("float16", "none", "auto"),
+        ("float32", "none", "auto"),
+        ("bfloat16", "int8", "auto"),
+        ("bfloat16", "int4", "auto"),
+        ("bfloat16", "none", "int8"),
+    ],
 )
-def test_generations_do_not_depend_on_their_company(dtype: str, quantization: str, tmp_path: Path) -> None:
+def test_generations_do_not_depend_on_their_company(
+    dtype: str, quantization: str, kv_cache_dtype: str, tmp_path: Path
+) -> None:
     if native_library() is None:
         pytest.skip("no compiler")
     write_tiny(tmp_path, num_hidden_layers=2)
 
     def generate(**options: Any) -> tuple[list[RequestOutput], int]:
-        with LLM(str(tmp_path), dtype=dtype, quantization=quantization, **{**SMALL_LLM, **options}) as llm:
+        formats = {"dtype": dtype, "quantization": quantization, "kv_cache_dtype": kv_cache_dtype}
+        with LLM(str(tmp_path), **{**SMALL_LLM, **formats, **options}) as llm:
             outputs = llm.generate(*mixed_requests())
             return outputs, llm.group.engine.stats().num_preemptions
 

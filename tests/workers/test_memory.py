@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import psutil
 import pytest
 import torch
@@ -29,6 +31,8 @@ def test_block_bytes_are_those_of_the_rank() -> None:
     assert kv_block_bytes(INFO, ParallelConfig(2), 1, 16) == whole // 2
     assert kv_block_bytes(INFO, ParallelConfig(4), 3, 16) == whole // 2  # two KV heads on four ranks
     assert kv_block_bytes(INFO, ParallelConfig(1, 4), 3, 16) == whole // 6
+    integers = replace(INFO, kv_cache_dtype="int8")
+    assert kv_block_bytes(integers, ParallelConfig(), 0, 16) == whole // 2 + 6 * 2 * 2 * 16 * 4  # and a scale each
 
 
 def test_blocks_fill_the_budget_but_not_more_than_can_be_used() -> None:

@@ -18,6 +18,7 @@ from ..quantization.config import Quantization, parse_quantization
 from .config_fields import ConfigFields
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+KV_DTYPES = {**DTYPES, "int8": torch.int8}
 DEFAULT_ROPE_THETA = 10000.0
 MAX_LAYERS = 4096
 ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "llama3")

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from ...collectives.communicator import Communicator
+from ...kernels.kv_rows import row_width
 from ...runtime.errors import InvalidArgumentError
 from ...runtime.sharding import ParallelConfig, kv_range, vocab_range
 from ..forward_batch import ForwardBatch
@@ -59,11 +60,16 @@ class DecoderModel:
         self._ranges = every if self._sums else ((0, end),)
         self._layer_ranges = every if self._sums else tuple(pairwise((0, *range(2, end + 1, 2))))
 
-    def new_kv_cache(self, num_blocks: int, block_size: int) -> Tensor:
-        """Zeros for this rank's layers and KV heads: [layers, 2, num_blocks, kv_heads, block_size, head_dim]."""
+    def new_kv_cache(self, num_blocks: int, block_size: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Zeros for this rank's layers and KV heads: [layers, 2, num_blocks, kv_heads, block_size, row_width].
+
+        Args:
+            dtype: int8, see ``kernels.kv_rows``, or None for the model's own.
+        """
         held = kv_range(self.config.shape(), self._parallel, self._rank)
-        shape = (held.num_layers, 2, num_blocks, held.num_heads, block_size, self.config.head_dim)
-        return lazy_zeros(shape, self._dtype, self._device)
+        dtype = dtype or self._dtype
+        width = row_width(self.config.head_dim, dtype)
+        return lazy_zeros((held.num_layers, 2, num_blocks, held.num_heads, block_size, width), dtype, self._device)
 
     def forward(
         self,

@@ -85,5 +85,5 @@ def provenance_of(request: Request, model: ModelInfo) -> Provenance:
         model_fingerprint=model.fingerprint,
         prefix_hash=token_prefix_hash(request.prompt_token_ids),
         num_tokens=len(request.prompt_token_ids),
-        dtype=model.dtype,
+        dtype=model.kv_dtype,
     )

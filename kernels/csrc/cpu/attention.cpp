@@ -1,6 +1,7 @@
 // See attention.h.
 #include "attention.h"
 
+#include <cstring>
 #include <type_traits>
 
 #include "attention_tile.h"
@@ -77,6 +78,7 @@ class Tile {
         split_ = take(scratch, most, width_);
         total_ = take(scratch, most, width_);
         run_ = take(scratch, kRunKeys, width_);
+        run_scales_ = take(scratch, 1, kRunKeys).data;
         softmax_ = reinterpret_cast<Softmax*>(scratch);
         is_direct_ = call.shape.head_dim == width_ && (std::is_same_v<T, float> || rows_ <= kDirectRows);
     }
@@ -109,6 +111,8 @@ class Tile {
     }
 
   private:
+    static constexpr bool kIsScaled = std::is_same_v<T, int8_t>;
+
     static Rows take(float*& scratch, int64_t rows, int64_t width) {
         const Rows result{scratch, width};
         scratch += rows * width;
@@ -161,13 +165,16 @@ class Tile {
             int64_t n = 0;
             if (is_direct_) {
                 n = std::min(contiguous(position, end), kRunKeys);
-                use(Run<T>{at(position, of_values), width_, n, width_ / kLanes,
-                           ahead(position, n, begin, end, of_values)},
+                const T* const rows = at(position, of_values);
+                load_scales(rows, n, run_scales_);
+                use(Run<T>{rows, call_.kv.row(), n, width_ / kLanes, ahead(position, n, begin, end, of_values)},
                     position);
             } else {
                 while (n < kRunKeys && position + n < end) {
                     const int64_t piece = std::min(contiguous(position + n, end), kRunKeys - n);
-                    widen_rows(at(position + n, of_values), piece, run_[n]);
+                    const T* const rows = at(position + n, of_values);
+                    load_scales(rows, piece, run_scales_ + n);
+                    widen_rows(rows, piece, run_[n]);
                     n += piece;
                 }
                 use(Run<float>{run_.data, width_, n, width_ / kLanes, nullptr}, position);
@@ -185,16 +192,30 @@ class Tile {
         return later < end ? at(later, of_values) : at(std::min(begin + later - end, end - 1), true);
     }
 
+    // The elements alone, without their scale.
     void widen_rows(const T* from, int64_t n, float* to) const {
-        const int64_t head_dim = call_.shape.head_dim;
-        if (head_dim == width_) {
-            for (int64_t i = 0; i < n * width_; i += kLanes)
+        const int64_t head_dim = call_.shape.head_dim, stride = call_.kv.row(), whole = head_dim / kLanes * kLanes;
+        for (int64_t key = 0; key < n; ++key, from += stride, to += width_) {
+            for (int64_t i = 0; i < whole; i += kLanes)
                 store(to + i, load(from + i));
-            return;
+            for (int64_t i = whole; i < width_; ++i)
+                to[i] = i < head_dim ? widen(from[i]) : 0.0f;
         }
-        for (int64_t key = 0; key < n; ++key)
-            for (int64_t i = 0; i < width_; ++i)
-                to[key * width_ + i] = i < head_dim ? widen(from[key * head_dim + i]) : 0.0f;
+    }
+
+    void load_scales(const T* from, int64_t n, float* to) const {
+        if constexpr (kIsScaled)
+            for (int64_t key = 0; key < n; ++key)
+                std::memcpy(to + key, from + key * call_.kv.row() + call_.shape.head_dim, kScaleBytes);
+    }
+
+    // The scores or weights of rows for a run's n keys or values, times the scales of those: an element's operations
+    // are the same whether its run was widened or not.
+    void scale_run(const Rows& scores, int64_t n, Range rows) const {
+        if constexpr (kIsScaled)
+            for (int64_t row = rows.begin; row < rows.end; ++row)
+                for (int64_t key = 0; key < n; ++key)
+                    scores[row][key] *= run_scales_[key];
     }
 
     // Rows that see position `first` if their window allows, and `last` if it is not in their future.
@@ -212,7 +233,9 @@ class Tile {
         const int64_t begin = std::max(start, low(0)), end = std::min(start + kSplit, high(rows_ - 1));
         for_runs(begin, end, false, [&](const auto& keys, int64_t position) {
             const Range any = rows_seeing(position + keys.n - 1, position);
-            score(keys, queries_, {scores_.data + position - start, kSplit}, any.begin, any.end);
+            const Rows scores{scores_.data + position - start, kSplit};
+            score(keys, queries_, scores, any.begin, any.end);
+            scale_run(scores, keys.n, any);
         });
         const int64_t from = (begin - start) / kLanes * kLanes, to = round_up(end - start, kLanes);
         for (int64_t row = 0; row < rows_; ++row) {
@@ -231,6 +254,7 @@ class Tile {
         const Rows weights{scores_.data + position - start, kSplit};
         const Range whole = rows_seeing(position, position + values.n - 1);
         const Range any = rows_seeing(position + values.n - 1, position);
+        scale_run(weights, values.n, any);
         if (whole.begin < whole.end)
             weigh(values, weights, split_, whole.begin, whole.end);
         for (int64_t row = any.begin; row < any.end; row += group_) {
@@ -269,7 +293,8 @@ class Tile {
     const int64_t group_, rows_, width_;
     const int32_t* const table_;
     Rows queries_, scores_, split_, total_, run_;
-    Softmax* softmax_; // of a split by row, then of all so far by row
+    float* run_scales_; // of a run's keys or values, where they have some
+    Softmax* softmax_;  // of a split by row, then of all so far by row
     bool is_direct_;
 };
 
@@ -277,7 +302,7 @@ class Tile {
 
 int64_t attention_scratch_floats(const AttentionShape& shape) {
     const int64_t rows = tile_rows(shape), width = padded(shape.head_dim);
-    return round_up(rows * (3 * width + kSplit + 4) + kRunKeys * width, 16);
+    return round_up(rows * (3 * width + kSplit + 4) + kRunKeys * (width + 1), 16);
 }
 
 int64_t partial_floats(int64_t head_dim) {
@@ -290,6 +315,8 @@ void Attention::run(const AttentionUnit& unit, float* scratch) const {
         return Tile<bf16>(*this, unit, scratch).walk();
     case DType::f16:
         return Tile<f16>(*this, unit, scratch).walk();
+    case DType::i8:
+        return Tile<int8_t>(*this, unit, scratch).walk();
     default:
         return Tile<float>(*this, unit, scratch).walk();
     }

@@ -17,7 +17,11 @@ namespace fuseline {
 
 constexpr int64_t kSplit = 256;
 
-// One layer of the cache: [2, num_blocks, num_heads, block_size, head_dim], keys, then values.
+// Bytes behind the integers of a row of int8: its float32 scale, at any address.
+constexpr int64_t kScaleBytes = 4;
+
+// One layer of the cache: [2, num_blocks, num_heads, block_size, row], keys, then values; a row is as
+// kernels/kv_rows.py says.
 struct KvLayer {
     void* data;
     int64_t num_blocks;
@@ -26,11 +30,14 @@ struct KvLayer {
     int64_t head_dim;
     DType dtype;
 
+    // Elements of one head's slot.
+    int64_t row() const { return dtype == DType::i8 ? head_dim + kScaleBytes : head_dim; }
+    int64_t element_bytes() const { return dtype == DType::f32 ? 4 : dtype == DType::i8 ? 1 : 2; }
     // Elements from a key to the value of the same place.
-    int64_t values_offset() const { return num_blocks * num_heads * block_size * head_dim; }
+    int64_t values_offset() const { return num_blocks * num_heads * block_size * row(); }
     // The element that a head's slot of a block begins at.
     int64_t at(int64_t block, int64_t head, int64_t offset) const {
-        return ((block * num_heads + head) * block_size + offset) * head_dim;
+        return ((block * num_heads + head) * block_size + offset) * row();
     }
 };
 

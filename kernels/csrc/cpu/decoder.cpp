@@ -288,8 +288,7 @@ class Decoder {
 
     static KvLayer kv_layer(const DecoderStep& step, const DecoderLayer& layer, int64_t index) {
         KvLayer kv{nullptr, step.num_blocks, layer.num_kv_heads, step.block_size, layer.head_dim, DType(step.kv_dtype)};
-        const int64_t item = kv.dtype == DType::f32 ? 4 : 2;
-        kv.data = static_cast<char*>(step.kv_data) + index * 2 * kv.values_offset() * item;
+        kv.data = static_cast<char*>(step.kv_data) + index * 2 * kv.values_offset() * kv.element_bytes();
         return kv;
     }
 

@@ -69,7 +69,7 @@ struct DecoderStep {
     float* residual; // [num_tokens, hidden]; holds the hidden states when the input op is not to embed
     float* delta;    // likewise
     float* output;   // [num_logits, vocabulary rows], or [num_tokens, hidden]
-    void* kv_data;   // [num_layers, 2, num_blocks, num_kv_heads, block_size, head_dim]
+    void* kv_data;   // [num_layers, 2, num_blocks, num_kv_heads, block_size, row], see KvLayer
     int64_t num_blocks, block_size;
     int32_t kv_dtype;
     int32_t has_delta; // whether delta is to be added; changed by a run as the ops change it

@@ -78,6 +78,30 @@ void narrow_row(const float* from, T* to, int64_t n) {
         narrow(from[i], to[i]);
 }
 
+// A row of int8 with its scale behind it, see kernels/kv_rows.py.
+inline void quantize_row(const float* from, int8_t* to, int64_t n) {
+    constexpr uint32_t kNotFinite = 0x7f800000;
+    constexpr float kLargest = 127, kToInteger = 0x1.8p23f; // added and taken away it rounds, ties to even
+    uint32_t bits = 0;                                      // of the greatest magnitude; those of NaN are the greatest
+    for (int64_t i = 0; i < n; ++i) {
+        uint32_t magnitude;
+        std::memcpy(&magnitude, from + i, sizeof magnitude);
+        bits = std::max(bits, magnitude & 0x7fffffff);
+    }
+    float scale;
+    std::memcpy(&scale, &bits, sizeof scale);
+    scale = bits >= kNotFinite ? std::numeric_limits<float>::quiet_NaN() : scale / kLargest;
+    if (scale > 0)
+        for (int64_t i = 0; i < n; ++i) {
+            const float value = from[i] / scale; // beyond 127 where the scale is too small to be exact
+            const float bounded = value > kLargest ? kLargest : value < -kLargest ? -kLargest : value;
+            to[i] = int8_t(bounded + kToInteger - kToInteger);
+        }
+    else
+        std::fill_n(to, n, int8_t(0));
+    std::memcpy(to + n, &scale, sizeof scale);
+}
+
 // Writes one head's key or value into its slot; `element` is of KvLayer::at.
 inline void append(const KvLayer& kv, int64_t element, const float* from) {
     switch (kv.dtype) {
@@ -85,6 +109,8 @@ inline void append(const KvLayer& kv, int64_t element, const float* from) {
         return narrow_row(from, static_cast<bf16*>(kv.data) + element, kv.head_dim);
     case DType::f16:
         return narrow_row(from, static_cast<f16*>(kv.data) + element, kv.head_dim);
+    case DType::i8:
+        return quantize_row(from, static_cast<int8_t*>(kv.data) + element, kv.head_dim);
     default:
         return narrow_row(from, static_cast<float*>(kv.data) + element, kv.head_dim);
     }

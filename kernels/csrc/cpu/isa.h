@@ -79,6 +79,9 @@ inline void accumulate(f32v& sum, f32v a, f32v b) {
 inline float widen(float value) {
     return value;
 }
+inline float widen(int8_t value) {
+    return value;
+}
 inline float widen(bf16 value) {
     const uint32_t bits = uint32_t(value.bits) << 16;
     float result;
@@ -133,6 +136,17 @@ inline f32v load(const f16* from) {
     const u32v scaled = (u32v)((f32v)rest * 0x1p112f);
     const u32v special = (u32v)(rest >= 0x0f800000u);
     return (f32v)((special & (rest | 0x7f800000u)) | (~special & scaled) | sign);
+#endif
+}
+
+inline f32v load(const int8_t* from) {
+#if defined(__AVX512F__)
+    return (f32v)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#elif defined(__AVX2__)
+    return (f32v)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+#else
+    typedef int8_t i8v __attribute__((vector_size(kLanes)));
+    return __builtin_convertvector(load_bytes<i8v>(from), f32v);
 #endif
 }
 

@@ -14,6 +14,7 @@ import torch
 from hypothesis import strategies as st
 
 from fuseline.kernels.cpu.decoder import CpuDecoder, CpuStep, DecoderPlan
+from fuseline.kernels.kv_rows import dequantize_rows, quantize_rows, row_width
 from fuseline.kernels.types import AttentionSpec, AttentionWeights, MlpWeights, StepMetadata
 
 Tensor = torch.Tensor
@@ -31,6 +32,8 @@ class Layer:
 
 @dataclass(frozen=True)
 class Shape:
+    """``kv_dtype`` is that of the cache, where it is not the weights'."""
+
     dtype: torch.dtype = torch.float32
     heads: int = 4
     kv_heads: int = 2
@@ -40,11 +43,16 @@ class Shape:
     windows: tuple[int | None, ...] = (None, 5)
     biases: bool = True
     qk_norm: bool = True
+    kv_dtype: torch.dtype | None = None
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        return self.kv_dtype or self.dtype
 
 
 shapes = st.builds(
-    lambda dtype, group, kv_heads, head_dim, hidden, inner, windows, biases, qk_norm: Shape(
-        dtype, group * kv_heads, kv_heads, head_dim, hidden, inner, tuple(windows), biases, qk_norm
+    lambda dtype, group, kv_heads, head_dim, hidden, inner, windows, biases, qk_norm, kv_dtype: Shape(
+        dtype, group * kv_heads, kv_heads, head_dim, hidden, inner, tuple(windows), biases, qk_norm, kv_dtype
     ),
     st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     st.sampled_from([1, 2, 3, 4, 7]),
@@ -55,6 +63,7 @@ shapes = st.builds(
     st.lists(st.one_of(st.none(), st.integers(1, 300)), min_size=1, max_size=3),
     st.booleans(),
     st.booleans(),
+    st.sampled_from([None, torch.int8]),
 )
 
 
@@ -101,12 +110,17 @@ def inverse_frequencies(head_dim: int) -> Tensor:
     return THETA ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
 
 
-def written_out(plan: DecoderPlan, token_ids: list[int]) -> Tensor:
+def rounded(kv: Tensor, dtype: torch.dtype) -> Tensor:
+    """Float64 [..., D] as a cache gives it back."""
+    kv = kv.float()
+    return (dequantize_rows(quantize_rows(kv)) if dtype == torch.int8 else kv.to(dtype)).double()
+
+
+def written_out(plan: DecoderPlan, token_ids: list[int], cache_dtype: torch.dtype) -> Tensor:
     """float64[tokens, VOCAB] of one sequence; only the KV is rounded, as the cache does."""
     assert plan.embedding is not None
     assert plan.norm is not None
     assert isinstance(plan.head, Tensor)
-    dtype = plan.embedding.dtype
     head_dim = plan.layers[0].spec.head_dim
     x = plan.embedding[token_ids].double()
     positions = torch.arange(len(token_ids))
@@ -132,7 +146,7 @@ def written_out(plan: DecoderPlan, token_ids: list[int]) -> Tensor:
         query, key, value = torch.split(heads, [spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], 1)
         query, key = rotate(rms(query, weights.q_norm)), rotate(rms(key, weights.k_norm))
         group = spec.num_heads // spec.num_kv_heads
-        key, value = (kv.float().to(dtype).double().repeat_interleave(group, 1) for kv in (key, value))
+        key, value = (rounded(kv, cache_dtype).repeat_interleave(group, 1) for kv in (key, value))
         scores = torch.einsum("qhd,khd->hqk", query, key) * spec.scale
         hidden = positions > positions[:, None]
         if spec.sliding_window is not None:
@@ -155,12 +169,20 @@ class Runner:
     """Runs steps over sequences; hands out blocks."""
 
     def __init__(
-        self, library: ctypes.CDLL, plan: DecoderPlan, block_size: int, num_blocks: int = 400, seed: int = 0
+        self,
+        library: ctypes.CDLL,
+        plan: DecoderPlan,
+        block_size: int,
+        num_blocks: int = 400,
+        seed: int = 0,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
         self.decoder = CpuDecoder(library, plan)
         spec = plan.layers[0].spec
-        shape = (len(plan.layers), 2, num_blocks, spec.num_kv_heads, block_size, spec.head_dim)
-        self.cache = torch.full(shape, float("nan"), dtype=plan.layers[0].attention.norm.dtype)
+        dtype = kv_dtype or plan.layers[0].attention.norm.dtype
+        self.poison = -1 if dtype == torch.int8 else float("nan")  # bytes of all ones make a scale of NaN
+        shape = (len(plan.layers), 2, num_blocks, spec.num_kv_heads, block_size, row_width(spec.head_dim, dtype))
+        self.cache = torch.full(shape, self.poison, dtype=dtype)
         self.inv_freq = inverse_frequencies(spec.head_dim)
         self._free = random.Random(seed).sample(range(num_blocks), num_blocks)
 
@@ -209,7 +231,7 @@ class Runner:
 
     def release(self, sequence: Sequence) -> None:
         """Give a sequence's blocks up, full of NaN again."""
-        self.cache[:, :, sequence.blocks] = float("nan")
+        self.cache[:, :, sequence.blocks] = self.poison
         self._free += sequence.blocks
         sequence.blocks, sequence.num_computed = [], 0
 

@@ -28,7 +28,8 @@ from fuseline.tests.kernels.cpu.decoder_cases import (
     written_out,
 )
 
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 0.02, torch.float16: 0.004}  # the KV's rounding may tip over
+# By the cache's dtype: the KV's rounding may tip over.
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 0.02, torch.float16: 0.004, torch.int8: 0.05}
 DTYPES = list(TOLERANCE)
 
 
@@ -50,19 +51,23 @@ def test_any_shape_and_any_mix_of_chunks_agrees_with_float64(
     library.fl_cpu_team_resize(threads, None)
     plan = make_plan(shape, seed)
     prompts = [draw_tokens(seed + i, length) for i, length in enumerate(lengths)]
-    results = random_schedule(Runner(library, plan, block_size, seed=seed), prompts, seed, max_chunk=20)
+    runner = Runner(library, plan, block_size, seed=seed, kv_dtype=shape.kv_dtype)
+    results = random_schedule(runner, prompts, seed, max_chunk=20)
     for prompt, logits in zip(prompts, results, strict=True):
-        assert relative_error(logits, written_out(plan, prompt)) < TOLERANCE[shape.dtype]
+        exact = written_out(plan, prompt, shape.cache_dtype)
+        assert relative_error(logits, exact) < TOLERANCE[shape.cache_dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_long_contexts_agree_with_float64(library: ctypes.CDLL, dtype: torch.dtype) -> None:
     """More tokens than a split of attention, and than a piece of a step."""
     library.fl_cpu_team_resize(2, None)
-    plan = make_plan(Shape(dtype, windows=(None, 300, 256, None)), 1)
+    weights = torch.bfloat16 if dtype == torch.int8 else dtype
+    plan = make_plan(Shape(weights, windows=(None, 300, 256, None)), 1)
     prompts = [draw_tokens(1, 900), draw_tokens(2, 513), draw_tokens(3, 40)]
-    for prompt, logits in zip(prompts, random_schedule(Runner(library, plan, 16), prompts, 5, 600), strict=True):
-        assert relative_error(logits, written_out(plan, prompt)) < TOLERANCE[dtype]
+    runner = Runner(library, plan, 16, kv_dtype=dtype)
+    for prompt, logits in zip(prompts, random_schedule(runner, prompts, 5, 600), strict=True):
+        assert relative_error(logits, written_out(plan, prompt, dtype)) < TOLERANCE[dtype]
 
 
 @settings(max_examples=8, deadline=None)
@@ -73,6 +78,8 @@ def test_long_contexts_agree_with_float64(library: ctypes.CDLL, dtype: torch.dty
             Shape(torch.float32, heads=3, kv_heads=1, head_dim=32, windows=(None, 260)),
             Shape(torch.float16, heads=2, kv_heads=2, head_dim=10),
             Shape(torch.bfloat16, heads=7, kv_heads=1, head_dim=64, windows=(300, None)),
+            Shape(torch.bfloat16, heads=7, kv_heads=1, head_dim=64, windows=(300, None), kv_dtype=torch.int8),
+            Shape(torch.float32, heads=2, kv_heads=2, head_dim=10, kv_dtype=torch.int8),
         ]
     ),
     lengths=st.lists(st.one_of(st.integers(1, 20), st.integers(200, 600)), min_size=1, max_size=4),
@@ -86,33 +93,37 @@ def test_bits_depend_on_the_sequence_alone(
     plan = make_plan(shape, seed)
     prompts = [draw_tokens(seed + i, length) for i, length in enumerate(lengths)]
     library.fl_cpu_team_resize(1, None)
-    runner = Runner(library, plan, block_sizes[0], num_blocks=3000)
+    runner = Runner(library, plan, block_sizes[0], num_blocks=3000, kv_dtype=shape.kv_dtype)
     alone = [runner.run([(Sequence(prompt), len(prompt))])[0] for prompt in prompts]
     for threads in (1, 2, 5):
         library.fl_cpu_team_resize(threads, None)
-        runner = Runner(library, plan, block_sizes[1], num_blocks=3000, seed=seed)
+        runner = Runner(library, plan, block_sizes[1], num_blocks=3000, seed=seed, kv_dtype=shape.kv_dtype)
         together = random_schedule(runner, prompts, seed + threads, preempts=True)
         for one, other in zip(alone, together, strict=True):
             assert torch.equal(one, other)
 
 
-def test_one_long_decode_is_shared_by_many_workers_without_a_trace(library: ctypes.CDLL) -> None:
+@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.int8], ids=str)
+def test_one_long_decode_is_shared_by_many_workers_without_a_trace(
+    library: ctypes.CDLL, kv_dtype: torch.dtype
+) -> None:
     plan = make_plan(Shape(torch.bfloat16, heads=2, kv_heads=1, windows=(None,)), 3)
     prompt = draw_tokens(4, 1500)
     results = []
     for threads in (1, 4):
         library.fl_cpu_team_resize(threads, None)
-        runner, sequence = Runner(library, plan, 16), Sequence(prompt)
+        runner, sequence = Runner(library, plan, 16, kv_dtype=kv_dtype), Sequence(prompt)
         runner.run([(sequence, 1498)])
         results.append([runner.run([(sequence, 1)])[0] for _ in range(2)])
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
-def test_a_prefix_that_is_cached_gives_the_same_bits(library: ctypes.CDLL) -> None:
+@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.int8], ids=str)
+def test_a_prefix_that_is_cached_gives_the_same_bits(library: ctypes.CDLL, kv_dtype: torch.dtype) -> None:
     library.fl_cpu_team_resize(2, None)
     plan = make_plan(Shape(torch.bfloat16), 5)
     shared, tail = draw_tokens(1, 320), draw_tokens(2, 30)
-    runner = Runner(library, plan, 16)
+    runner = Runner(library, plan, 16, kv_dtype=kv_dtype)
     first = Sequence(shared + draw_tokens(3, 9))
     runner.run([(first, 329)])
     whole = runner.run([(Sequence(shared + tail), 350)])[0]
@@ -120,7 +131,8 @@ def test_a_prefix_that_is_cached_gives_the_same_bits(library: ctypes.CDLL) -> No
     assert torch.equal(runner.run([(hit, 30)])[0], whole[320:])
 
 
-def test_what_comes_later_does_not_reach_what_came_before(library: ctypes.CDLL) -> None:
+@pytest.mark.parametrize("kv_dtype", [torch.float32, torch.int8], ids=str)
+def test_what_comes_later_does_not_reach_what_came_before(library: ctypes.CDLL, kv_dtype: torch.dtype) -> None:
     """A token that overflows spoils its own row and those behind it only, even in one chunk and one batch."""
     library.fl_cpu_team_resize(2, None)
     plan = make_plan(Shape(torch.float32, windows=(None, None)), 6)
@@ -128,9 +140,10 @@ def test_what_comes_later_does_not_reach_what_came_before(library: ctypes.CDLL) 
     broken = plan.embedding.clone()
     broken[VOCAB - 1] = float("nan")
     tokens = [token % (VOCAB - 1) for token in draw_tokens(1, 300)]
-    expected = Runner(library, plan, 16).run([(Sequence(tokens), 300), (Sequence(tokens[:5]), 5)])
+    runner = Runner(library, plan, 16, kv_dtype=kv_dtype)
+    expected = runner.run([(Sequence(tokens), 300), (Sequence(tokens[:5]), 5)])
     tokens[123] = VOCAB - 1
-    runner = Runner(library, replace(plan, embedding=broken), 16)
+    runner = Runner(library, replace(plan, embedding=broken), 16, kv_dtype=kv_dtype)
     got = runner.run([(Sequence(tokens), 300), (Sequence(tokens[:5]), 5)])
     assert torch.equal(got[0][:123], expected[0][:123])
     assert got[0][123:].isnan().all()
@@ -213,6 +226,8 @@ def put(index: int, value: object) -> Breakage:
     [
         (put(1, torch.zeros(2, 2, 9, 2, 16, 16, dtype=torch.float64)), "cache"),
         (put(1, torch.zeros(2, 2, 9, 2, 16, 8)), "cache"),
+        (put(1, torch.zeros(2, 2, 9, 2, 16, 16, dtype=torch.int8)), "cache"),
+        (put(1, torch.zeros(2, 2, 9, 2, 16, 20, dtype=torch.uint8)), "cache"),
         (put(1, torch.zeros(1, 2, 9, 2, 16, 16)), "cache"),
         (put(1, torch.zeros(2, 2, 9, 2, 16, 32)[..., ::2]), "contiguous"),
         (put(2, None), "token_ids"),
