@@ -11,6 +11,8 @@
 // without a shuffle.
 #include "linear_float.h"
 
+#include <type_traits>
+
 #include "isa.h"
 
 namespace fuseline {
@@ -18,7 +20,7 @@ namespace fuseline {
 namespace {
 
 constexpr int kPanel = 4;
-constexpr int64_t kColBlock = 512;
+constexpr int64_t kColBlock = 1024;
 
 // Elements of W that one step of the micro-kernel takes along cols, and how they become vectors.
 template <class T>
@@ -71,16 +73,23 @@ struct Piece {
     int64_t cols;      // a multiple of a step, unless they are the last
     bool first, last;  // whether no columns lie before or behind; sums of those before have been parked
     float* parked;     // accumulators of the panel, Cols vectors a row
-    int64_t ahead;     // distance of what is to be fetched meanwhile
     const float* bias; // of the first row, or null
     float* y;          // of the first row of W and of the panel
     int64_t y_stride;
 };
 
+// Rows of W, as many columns of each as a piece has, that come into the cache while something else is computed.
+template <class T>
+struct Fetch {
+    const T* w;
+    int64_t row_stride;
+    int64_t rows;
+};
+
 // Rows row, row + gap … of W, Rows of them, times the Cols rows of a panel; x points to the panel's vectors of these
-// columns. Fetch: bring the lines at piece.ahead into the cache.
-template <class T, int Rows, int Cols, bool Fetch>
-void block(const Piece<T>& piece, int64_t row, int64_t gap, const float* x) {
+// columns. Streams: what is fetched are the rows one further.
+template <class T, int Rows, int Cols, bool Streams>
+void block(const Piece<T>& piece, int64_t row, int64_t gap, const float* x, const Fetch<T>& fetch) {
     constexpr int64_t step = Step<T>::kElements;
     const T* w[Rows];
 #pragma GCC unroll 16
@@ -98,11 +107,13 @@ void block(const Piece<T>& piece, int64_t row, int64_t gap, const float* x) {
     constexpr int kStepsPerLine = std::max<int>(1, 64 / (step * sizeof(T)));
     int64_t at = 0;
     for (; at + step * kStepsPerLine <= whole; at += step * kStepsPerLine) {
+        for (int64_t i = 0; !Streams && i < fetch.rows; ++i)
+            __builtin_prefetch(fetch.w + i * fetch.row_stride + at);
 #pragma GCC unroll 8
         for (int part = 0; part < kStepsPerLine; ++part) {
 #pragma GCC unroll 16
-            for (int i = part; Fetch && i < Rows; i += kStepsPerLine)
-                __builtin_prefetch(w[i] + piece.ahead + at);
+            for (int i = part; Streams && i < Rows; i += kStepsPerLine)
+                __builtin_prefetch(w[i] + piece.row_stride + at);
             multiply<T, Rows, Cols>(w, at + part * step, x + (at + part * step) * Cols, sums);
         }
     }
@@ -148,43 +159,44 @@ constexpr int block_rows(int panel_rows) {
 }
 static_assert(kFloatGrain % 8 == 0 && kFloatGrain % 6 == 0); // and so of 4 and 3
 
-// How a panel meets the rows of a piece.
-enum class Walk {
-    streams, // W comes from memory: as many rows as a block has, each the start of a stream of adjacent rows
-    fetch,   // block by block, fetching what comes next
-    blocks,  // block by block
-};
-
-template <class T, int Cols, Walk walk>
-void multiply_panel(const Piece<T>& piece, int64_t rows, const float* x) {
+// The piece's rows times a panel of Cols rows.
+template <class T, int Cols>
+void multiply_panel(const Piece<T>& piece, int64_t rows, const float* x, const Fetch<T>& fetch) {
     constexpr int kRows = block_rows(Cols);
     const int64_t blocks = rows / kRows;
-    // The hardware sees a single row's stream coming, and needs to.
-    constexpr bool fetch = walk == Walk::fetch || (walk == Walk::streams && Cols > 1);
     for (int64_t i = 0; i < blocks; ++i) {
-        if (walk == Walk::streams)
-            block<T, kRows, Cols, fetch>(piece, i, blocks, x);
-        else
-            block<T, kRows, Cols, fetch>(piece, i * kRows, 1, x);
+        const int64_t first = fetch.rows * i / blocks, end = fetch.rows * (i + 1) / blocks;
+        block<T, kRows, Cols, false>(piece, i * kRows, 1, x,
+                                     {fetch.w + first * fetch.row_stride, fetch.row_stride, end - first});
     }
     for (int64_t row = blocks * kRows; row < rows; ++row)
-        block<T, 1, Cols, false>(piece, row, 1, x);
+        block<T, 1, Cols, false>(piece, row, 1, x, {});
 }
 
-// The piece's rows times a panel of so many rows.
-template <class T, Walk walk>
-void multiply_panel(const Piece<T>& piece, int64_t rows, const float* x, int64_t panel_rows) {
-    if constexpr (walk == Walk::fetch) // the first of several panels
-        return multiply_panel<T, kPanel, walk>(piece, rows, x);
-    switch (panel_rows) {
+// Likewise, with W coming from memory: as many rows at once as a block has, each the start of a stream of adjacent
+// rows. The hardware sees a single row's stream coming, and needs to.
+template <class T, int Cols>
+void stream_panel(const Piece<T>& piece, int64_t rows, const float* x) {
+    constexpr int kRows = block_rows(Cols);
+    const int64_t gap = rows / kRows;
+    for (int64_t i = 0; i < gap; ++i)
+        block<T, kRows, Cols, (Cols > 1)>(piece, i, gap, x, {});
+    for (int64_t row = gap * kRows; row < rows; ++row)
+        block<T, 1, Cols, false>(piece, row, 1, x, {});
+}
+
+// Calls f with the number of rows that a panel has at the end of m rows, as a constant.
+template <class F>
+void with_panel_rows(int64_t rows, const F& f) {
+    switch (rows) {
     case 1:
-        return multiply_panel<T, 1, walk>(piece, rows, x);
+        return f(std::integral_constant<int, 1>());
     case 2:
-        return multiply_panel<T, 2, walk>(piece, rows, x);
+        return f(std::integral_constant<int, 2>());
     case 3:
-        return multiply_panel<T, 3, walk>(piece, rows, x);
+        return f(std::integral_constant<int, 3>());
     default:
-        return multiply_panel<T, kPanel, walk>(piece, rows, x);
+        return f(std::integral_constant<int, kPanel>());
     }
 }
 
@@ -200,9 +212,9 @@ void copy_rows(const LinearWeight& weight, Range rows, Range cols, T* to, int64_
 }
 
 // Rows of a weight times many panels, in blocks for the caches: a few rows of W by kColBlock columns stay in the second
-// level, or the first, while kPanelBlock rows of x go past, a panel of which stays in the first. Few panels: the next
-// such piece of W is fetched meanwhile. Many: the piece is copied, since rows whose distance is a large power of two
-// evict each other.
+// level, or the first, while kPanelBlock rows of x go past, a panel of which stays in the first. The next such piece of
+// W is fetched meanwhile. For many panels the piece is copied, since rows whose distance is a large power of two evict
+// each other.
 constexpr int64_t kRowBlock = 96, kFewRowBlock = 24, kPanelBlock = 256, kManyPanels = 32;
 static_assert(kRowBlock % kFloatGrain == 0 && kPanelBlock % kPanel == 0 && kColBlock % Step<bf16>::kElements == 0);
 
@@ -227,13 +239,14 @@ void multiply_blocked(const LinearWeight& weight, Range rows, const float* packe
                 const Range cols{col, std::min(col + kColBlock, weight.cols)};
                 const int64_t padded = packed_cols<T>(cols.size());
                 const bool last = cols.end == weight.cols;
-                Piece<T> piece{static_cast<const T*>(weight.data) + row * weight.row_stride + col,
+                const T* w = static_cast<const T*>(weight.data) + row * weight.row_stride + col;
+                const T* next = last ? w - col + row_block * weight.row_stride : w + kColBlock;
+                Piece<T> piece{w,
                                weight.row_stride,
                                cols.size(),
                                cols.begin == 0,
                                last,
                                parked,
-                               last ? row_block * weight.row_stride - col : kColBlock,
                                weight.bias == nullptr ? nullptr : weight.bias + row,
                                y + group * y_stride + row,
                                y_stride};
@@ -241,12 +254,14 @@ void multiply_blocked(const LinearWeight& weight, Range rows, const float* packe
                     copy_rows<T>(weight, {row, row + num_rows}, cols, copy, copy_stride);
                     piece.w = copy, piece.row_stride = copy_stride, piece.cols = padded;
                 }
-                for (int64_t panel = group; panel < group_end; panel += kPanel) {
-                    const float* x = packed + col * m + panel * padded;
-                    if (!many && panel == group)
-                        multiply_panel<T, Walk::fetch>(piece, num_rows, x, m - panel);
-                    else
-                        multiply_panel<T, Walk::blocks>(piece, num_rows, x, m - panel);
+                const int64_t panels = (group_end - group + kPanel - 1) / kPanel;
+                for (int64_t panel = 0; panel < panels; ++panel) {
+                    const int64_t first = row_block * panel / panels, end = row_block * (panel + 1) / panels;
+                    const Fetch<T> fetch{next + first * weight.row_stride, weight.row_stride, end - first};
+                    const float* x = packed + col * m + (group + panel * kPanel) * padded;
+                    with_panel_rows(m - group - panel * kPanel, [&](auto panel_rows) {
+                        multiply_panel<T, decltype(panel_rows)::value>(piece, num_rows, x, fetch);
+                    });
                     piece.parked += row_block * kPanel * kLanes;
                     piece.y += kPanel * y_stride;
                 }
@@ -268,11 +283,11 @@ void linear_rows(const LinearWeight& weight, Range rows, const float* packed, in
                          true,
                          true,
                          nullptr,
-                         weight.row_stride,
                          weight.bias == nullptr ? nullptr : weight.bias + rows.begin,
                          y + rows.begin,
                          y_stride};
-    multiply_panel<T, Walk::streams>(piece, rows.size(), packed, m);
+    with_panel_rows(m,
+                    [&](auto panel_rows) { stream_panel<T, decltype(panel_rows)::value>(piece, rows.size(), packed); });
 }
 
 // Where the vectors of a row of x go.
