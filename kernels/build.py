@@ -5,8 +5,8 @@ Beside it lies a checksum of its content, so that a damaged file is noticed and 
 same library at once wait for the one that builds it. Object files are cached alike, so that a change of one source
 compiles one file.
 
-The cache is ``$FUSELINE_CACHE``, or ``~/.cache/fuseline/kernels``; it holds the newest ``MAX_LIBRARIES`` libraries of
-each name and the newest ``MAX_OBJECTS`` object files.
+The cache is ``$FUSELINE_CACHE``, or ``~/.cache/fuseline/kernels`` (see ``user_cache``); it holds the newest
+``MAX_LIBRARIES`` libraries of each name and the newest ``MAX_OBJECTS`` object files.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 
 from .errors import BuildError, CompilerNotFoundError
 
@@ -51,10 +51,24 @@ class LibrarySource:
     link_flags: tuple[str, ...] = ("-shared",)
 
 
+def user_cache(name: str) -> Path:
+    """Where this user's cache of that name belongs; whoever uses it makes it, and checks whose it is.
+
+    In the home folder; where there is none that can be written, as for a user whom only a container's start knows, in
+    the one for temporary files.
+    """
+    home = os.path.expanduser("~")  # noqa: PTH111  Path would raise for a user without a home
+    folder = Path(home, ".cache", "fuseline", name)
+    exists = next(path for path in (folder, *folder.parents) if path.exists())
+    if Path(home).is_absolute() and exists.is_dir() and os.access(exists, os.W_OK | os.X_OK):
+        return folder
+    return Path(gettempdir()) / f"fuseline-{os.getuid()}-{name}"
+
+
 def cache_folder() -> Path:
     """Where libraries are kept."""
     given = os.environ.get("FUSELINE_CACHE")
-    return Path(given) if given else Path("~/.cache/fuseline/kernels").expanduser()
+    return Path(given) if given else user_cache("kernels")
 
 
 def find_compiler(*candidates: str) -> str:

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -126,6 +127,19 @@ def test_a_cache_that_others_can_write_is_refused(source: LibrarySource, compile
     cache.chmod(0o777)
     with pytest.raises(BuildError, match="can be written by others"):
         build_library(source, str(compiler))
+
+
+def test_without_a_home_to_write_the_cache_lies_among_temporary_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("FUSELINE_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert build.cache_folder() == tmp_path / ".cache" / "fuseline" / "kernels"
+    elsewhere = Path(tempfile.gettempdir()) / f"fuseline-{os.getuid()}-kernels"
+    (tmp_path / "file").touch()
+    for home in (tmp_path / "file", "~"):  # no folder, and what a user without an entry in /etc/passwd is left with
+        monkeypatch.setenv("HOME", str(home))
+        assert build.cache_folder() == elsewhere
 
 
 def test_the_cache_stays_small(

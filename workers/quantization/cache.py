@@ -5,8 +5,8 @@ Processes that map the same file share its pages. A file is written under anothe
 when it is complete; a damaged one is noticed and made again. Processes that want the same file at once wait for the
 one that makes it.
 
-The folder is ``$FUSELINE_WEIGHT_CACHE`` (empty: nothing is kept), or ``~/.cache/fuseline/weights``; only its owner
-may enter. It holds at most ``MAX_BYTES``: what was used longest ago goes first. It may be removed at any time.
+The folder is ``$FUSELINE_WEIGHT_CACHE`` (empty: nothing is kept), or ``user_cache("weights")``; only its owner may
+enter. It holds at most ``MAX_BYTES``: what was used longest ago goes first. It may be removed at any time.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from pathlib import Path
 
 import torch
 import xxhash
+
+from ...kernels.build import user_cache
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +104,7 @@ def _usable_folder(num_bytes: int) -> Path | None:
     given = os.environ.get("FUSELINE_WEIGHT_CACHE")
     if given == "" or num_bytes > MAX_BYTES:
         return None
-    folder = Path(given) if given else Path("~/.cache/fuseline/weights").expanduser()
+    folder = Path(given) if given else user_cache("weights")
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.stat()
