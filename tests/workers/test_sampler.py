@@ -146,13 +146,29 @@ def test_equal_logits_are_ranked_by_token_id() -> None:
         assert Sampler([]).sample(logits, [row]).token_ids.item() < 3
 
 
-def test_top_p_beyond_the_candidates_sorts_everything() -> None:
+def test_top_p_of_a_flat_distribution_keeps_every_token_that_it_needs() -> None:
     logits = make_logits(1, vocab=6000, scale=0.01)
     row = make_row(SamplingParams(top_p=0.5))
     kept = set(torch.topk(logits[0], 3100).indices.tolist())
     drawn = {Sampler([]).sample(logits, [make_row(row.params, seed=s)]).token_ids.item() for s in range(200)}
     assert drawn <= kept
     assert len(drawn) > 150
+
+
+def test_top_p_keeps_what_a_sort_of_the_whole_vocabulary_does() -> None:
+    """Steep and flat, with ties at the edge. Sums in float64 may put a uniform number into the interval beside."""
+    for scale, top_p in ((0.01, 0.90005), (1.0, 0.3), (5.0, 0.95), (5.0, 1e-9), (2.0, 1 - 1e-12)):
+        logits = (make_logits(1, vocab=5000, scale=scale) * 4).round() / 4
+        probs = torch.softmax(logits[0].double(), -1).numpy()
+        order = np.lexsort((np.arange(5000), -probs))
+        num_kept = int(np.searchsorted(np.cumsum(probs[order]), top_p)) + 1
+        cdf = np.cumsum(probs[order[:num_kept]])
+        u = uniforms(range(300), [4] * 300)
+        expected = np.searchsorted(cdf, u * cdf[-1], side="right")
+        rows = [make_row(SamplingParams(top_p=top_p), seed=seed) for seed in range(300)]
+        ids = Sampler([]).sample(logits.expand(300, 5000), rows).token_ids.numpy()
+        assert np.abs(np.argsort(order)[ids] - expected).max() <= 1
+        assert (np.argsort(order)[ids] == expected).mean() > 0.9
 
 
 def test_frequencies_follow_the_distribution() -> None:
@@ -186,6 +202,7 @@ def test_rows_without_finite_logits_get_no_token() -> None:
     for params in (
         SamplingParams(temperature=0.0),
         SamplingParams(top_p=0.9),
+        SamplingParams(top_p=0.9, top_k=3),
         SamplingParams(logprobs=2),
         SamplingParams(repetition_penalty=1.1, min_tokens=1, logit_bias={7: -100.0}),
     ):
@@ -194,6 +211,7 @@ def test_rows_without_finite_logits_get_no_token() -> None:
         assert ids[1] == ids[2] == ids[4] == NO_TOKEN
         assert min(ids[0], ids[3]) >= 0
         assert set(sampled.logprobs) == ({0, 3} if params.logprobs else set())
+        assert Sampler([EOS]).sample(logits[1:2], [make_row(params)]).token_ids.tolist() == [NO_TOKEN]
 
 
 def test_no_options_leave_a_row_without_a_token() -> None:
