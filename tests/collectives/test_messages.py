@@ -1,6 +1,7 @@
 """Every message survives the trip; nothing malformed does."""
 
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import msgpack
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from typing_extensions import TypeAliasType
 
 from fuseline.collectives.messages import MessageCodec
 from fuseline.runtime.errors import InvalidArgumentError
@@ -151,6 +153,22 @@ def test_unknown_and_mistyped_messages_are_not_sent() -> None:
         CODEC.encode(SamplingParams())
     with pytest.raises(InvalidArgumentError, match="cannot be encoded"):
         CODEC.encode(StepResult(0, np.zeros(1, np.int64)))
+
+
+Scalar = TypeVar("Scalar", bound=np.generic)
+AliasedArray = TypeAliasType("AliasedArray", np.ndarray[tuple[Any, ...], np.dtype[Scalar]], type_params=(Scalar,))
+
+
+def test_an_alias_travels_as_what_it_stands_for() -> None:
+    """From 2.5 on, which Python 3.12 can have, numpy's NDArray is one."""
+
+    @dataclass(frozen=True)
+    class Aliased:
+        values: AliasedArray[np.int32]
+
+    codec = MessageCodec([Aliased])
+    decoded = codec.decode(codec.encode(Aliased(np.array([3, 4], np.int32))))
+    assert (decoded.values.tolist(), decoded.values.dtype) == ([3, 4], np.int32)
 
 
 def test_a_field_that_cannot_travel_is_refused() -> None:
