@@ -107,6 +107,12 @@ def check_step(step: StepMetadata, kv_cache: Tensor) -> None:
     for name, tensor, shape, dtype in expected:
         if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != device:
             raise KernelArgumentError(f"{name} must be {shape} {dtype} on {device}, got {describe(tensor)}")
+    check_lengths(step, kv_cache.shape[4])
+
+
+def check_lengths(step: StepMetadata, block_size: int) -> None:
+    """The part of ``check_step`` that looks at values, for a step whose tensors are those of one that was checked."""
+    num_tokens, num_seqs = step.num_tokens, step.num_seqs
     starts, context_lens = step.query_start_host, step.context_lens_host
     if starts.shape != (num_seqs + 1,) or context_lens.shape != (num_seqs,) or num_seqs == 0:
         raise KernelArgumentError(f"host metadata has {context_lens.shape[0]} sequences, the device's {num_seqs}")
@@ -115,7 +121,7 @@ def check_step(step: StepMetadata, kv_cache: Tensor) -> None:
         raise KernelArgumentError(
             f"query_start {starts} and context_lens {context_lens} do not fit {num_tokens} tokens"
         )
-    room = step.block_tables.shape[-1] * kv_cache.shape[4]
+    room = step.block_tables.shape[-1] * block_size
     if context_lens.max() != step.max_context_len or query_lens.max() != step.max_query_len:
         raise KernelArgumentError("max_query_len or max_context_len is not the maximum of the host metadata")
     if step.max_context_len > room:

@@ -46,6 +46,8 @@ class ForwardBuffers:
         self._device = device
         self._host: dict[str, Tensor] = {}
         self._on_device: dict[str, Tensor] = {}
+        self._shape = (0, 0, 0)
+        self._views: dict[str, Tensor] = {}  # of the last batch; one of the same shape has the same
         self.token_ids = self._allocate("token_ids", np.int64, max_num_tokens)
         self.positions = self._allocate("positions", np.int64, max_num_tokens)
         self.slot_mapping = self._allocate("slot_mapping", np.int64, max_num_tokens)
@@ -57,21 +59,23 @@ class ForwardBuffers:
 
     def batch(self, num_seqs: int, num_tokens: int, num_logits: int) -> ForwardBatch:
         """The batch of what the host arrays hold now. ``query_start`` and ``context_lens`` must be filled in."""
+        if self._shape != (num_seqs, num_tokens, num_logits):
+            self._shape = num_seqs, num_tokens, num_logits
+            sizes = {"query_start": num_seqs + 1, "logits_indices": num_logits}
+            sizes |= dict.fromkeys(("context_lens", "prompt_lens", "block_tables"), num_seqs)
+            sizes |= dict.fromkeys(("token_ids", "positions", "slot_mapping"), num_tokens)
+            self._views = {name: self._on_device[name][:size] for name, size in sizes.items()}
+        if self._device.type != "cpu":
+            for name, view in self._views.items():
+                view.copy_(self._host[name][: view.shape[0]], non_blocking=True)
         query_start = self.query_start[: num_seqs + 1]
         context_lens = self.context_lens[:num_seqs]
         return ForwardBatch(
-            positions=self._view("positions", num_tokens),
-            slot_mapping=self._view("slot_mapping", num_tokens),
-            query_start=self._view("query_start", num_seqs + 1),
-            context_lens=self._view("context_lens", num_seqs),
-            block_tables=self._view("block_tables", num_seqs),
+            **self._views,
             query_start_host=query_start,
             context_lens_host=context_lens,
-            max_query_len=int((query_start[1:] - query_start[:-1]).max()),
+            max_query_len=1 if num_tokens == num_seqs else int((query_start[1:] - query_start[:-1]).max()),
             max_context_len=int(context_lens.max()),
-            token_ids=self._view("token_ids", num_tokens),
-            prompt_lens=self._view("prompt_lens", num_seqs),
-            logits_indices=self._view("logits_indices", num_logits),
         )
 
     def _allocate(self, name: str, dtype: type[np.int64] | type[np.int32], *shape: int) -> np.ndarray:
@@ -80,9 +84,3 @@ class ForwardBuffers:
         self._host[name] = torch.zeros(shape, dtype=torch_dtype, pin_memory=pinned)
         self._on_device[name] = self._host[name].to(self._device)
         return self._host[name].numpy()
-
-    def _view(self, name: str, rows: int) -> Tensor:
-        view = self._on_device[name][:rows]
-        if self._device.type != "cpu":
-            view.copy_(self._host[name][:rows], non_blocking=True)
-        return view

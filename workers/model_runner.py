@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -69,6 +69,8 @@ class ModelRunner:
         self._block_tables = np.zeros((num_rows, config.max_blocks_per_seq), np.int32)
         self._num_blocks = np.zeros(num_rows, np.int32)
         self._prompt_lens = np.zeros(num_rows, np.int32)
+        self._num_tokens = np.zeros(num_rows, np.int32)
+        self._wants_prompt_logprobs = np.zeros(num_rows, np.bool_)
         self._rows: list[SamplingRow | None] = [None] * num_rows
         # A set for each step in flight; on a GPU a set is overwritten only when its copies to the device are done.
         self._buffers = [
@@ -79,7 +81,6 @@ class ModelRunner:
         if self._device.type == "cuda":
             self._copied = [torch.cuda.Event() for _ in self._buffers]  # type: ignore[no-untyped-call]
 
-    @torch.inference_mode()
     def execute(self, plan: StepPlan, on_layer: OnLayer | None = None) -> StepResult | None:
         """Run one step; collective over the group's ranks. ``on_layer``: see ``DecoderModel.forward``.
 
@@ -90,7 +91,10 @@ class ModelRunner:
             InternalError: the plan contradicts the mirror.
             UnavailableError: a peer is gone.
         """
-        with one_torch_thread() if self._model.is_native else nullcontext():
+        if self._model.is_native:  # nothing is left for autograd to look at, and its inference mode takes a while
+            with one_torch_thread():
+                return self._execute(plan, on_layer)
+        with torch.inference_mode():
             return self._execute(plan, on_layer)
 
     def _execute(self, plan: StepPlan, on_layer: OnLayer | None) -> StepResult | None:
@@ -112,6 +116,7 @@ class ModelRunner:
         for row in plan.released:
             self._row(row)
             self._rows[row] = None
+            self._num_blocks[row] = 0
         for seq in plan.admitted:
             if self._rows[seq.row] is not None:
                 raise InternalError(f"row {seq.row} is admitted while it holds a sequence")
@@ -119,17 +124,18 @@ class ModelRunner:
             self._block_tables[seq.row, : len(seq.block_ids)] = seq.block_ids
             self._num_blocks[seq.row] = len(seq.block_ids)
             self._prompt_lens[seq.row] = seq.num_prompt_tokens
+            self._num_tokens[seq.row] = len(seq.token_ids)
+            self._wants_prompt_logprobs[seq.row] = seq.params.prompt_logprobs is not None
             self._rows[seq.row] = SamplingRow(
                 seq.params, seq.seed, self._tokens[seq.row], len(seq.token_ids), seq.num_prompt_tokens
             )
         for row, block_id in zip(plan.new_block_rows.tolist(), plan.new_block_ids.tolist(), strict=True):
             self._block_tables[row, self._num_blocks[row]] = block_id
             self._num_blocks[row] += 1
-        for row, token_id in zip(plan.rows.tolist(), plan.input_tokens.tolist(), strict=True):
-            if token_id >= 0:
-                state = self._row(row)
-                self._tokens[row, state.num_tokens] = token_id
-                state.num_tokens += 1
+        known = plan.input_tokens >= 0
+        rows = plan.rows[known]
+        self._tokens[rows, self._num_tokens[rows]] = plan.input_tokens[known]
+        self._num_tokens[rows] += 1
 
     def _row(self, row: int) -> SamplingRow:
         state = self._rows[row]
@@ -149,9 +155,13 @@ class ModelRunner:
         starts = buffers.query_start[: num_seqs + 1]
         starts[0] = 0
         np.cumsum(lengths, out=starts[1:])
-        row_of_token = np.repeat(rows, lengths)
         positions = buffers.positions[:num_tokens]
-        np.subtract(np.arange(num_tokens), np.repeat(starts[:-1] - plan.positions, lengths), out=positions)
+        row_of_token = rows
+        if num_tokens == num_seqs:
+            positions[:] = plan.positions
+        else:
+            row_of_token = np.repeat(rows, lengths)
+            np.subtract(np.arange(num_tokens), np.repeat(starts[:-1] - plan.positions, lengths), out=positions)
         buffers.token_ids[:num_tokens] = self._tokens[row_of_token, positions]
         blocks, offsets = np.divmod(positions, self._block_size)
         np.multiply(self._block_tables[row_of_token, blocks], self._block_size, out=buffers.slot_mapping[:num_tokens])
@@ -161,12 +171,13 @@ class ModelRunner:
         buffers.prompt_lens[:num_seqs] = self._prompt_lens[rows]
         width = -(-int(context_lens.max()) // self._block_size)
         if (self._num_blocks[rows] * self._block_size < context_lens).any():
+            for row in rows.tolist():
+                self._row(row)  # one without a sequence has no blocks
             raise InternalError(f"step {plan.step_id} computes tokens beyond a row's blocks")
         buffers.block_tables[:num_seqs, :width] = self._block_tables[rows, :width]
-        wanted = [starts[1:][plan.samples] - 1]
-        for index in logprob_targets:
-            wanted.append(np.arange(starts[index], starts[index] + len(logprob_targets[index])))
-        logits_indices = np.concatenate(wanted)
+        logits_indices = starts[1:][plan.samples] - 1
+        for index, targets in logprob_targets.items():
+            logits_indices = np.append(logits_indices, np.arange(starts[index], starts[index] + len(targets)))
         buffers.logits_indices[: len(logits_indices)] = logits_indices
         batch = buffers.batch(num_seqs, num_tokens, len(logits_indices))
         if self._copied:
@@ -176,10 +187,10 @@ class ModelRunner:
     def _prompt_logprob_targets(self, plan: StepPlan) -> dict[int, NDArray[np.int64]]:
         """By index in the batch: the prompt tokens that the computed positions of a row predict, if it asked."""
         targets: dict[int, NDArray[np.int64]] = {}
-        for index, row in enumerate(plan.rows.tolist()):
-            state = self._row(row)
+        for index in np.flatnonzero(self._wants_prompt_logprobs[plan.rows]).tolist():
+            state = self._row(int(plan.rows[index]))
             first = int(plan.positions[index]) + 1
-            if state.params.prompt_logprobs is None or first >= state.num_prompt_tokens:
+            if first >= state.num_prompt_tokens:
                 continue
             last = min(first + int(plan.num_tokens[index]), state.num_prompt_tokens)
             targets[index] = state.tokens[first:last].astype(np.int64)
@@ -194,7 +205,10 @@ class ModelRunner:
             return StepResult(
                 plan.step_id, np.empty(0, np.int32), {}, self._prompt_logprobs(plan, logits, logprob_targets)
             )
-        sampled = self._sampler.sample(logits[:num_samples], [self._row(row) for row in sampled_rows])
+        rows = [self._row(row) for row in sampled_rows]
+        for state, num_tokens in zip(rows, self._num_tokens[sampled_rows].tolist(), strict=True):
+            state.num_tokens = num_tokens
+        sampled = self._sampler.sample(logits[:num_samples], rows)
         return StepResult(
             plan.step_id,
             sampled.token_ids.to("cpu", torch.int32).numpy(),

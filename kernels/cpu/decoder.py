@@ -11,11 +11,12 @@ import ctypes
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import is_not
 from typing import Protocol
 
 import torch
 
-from ..checks import check_step, describe
+from ..checks import check_lengths, check_step, describe
 from ..errors import KernelArgumentError
 from ..exchange import NativeAllReduce
 from ..kv_rows import row_width
@@ -88,6 +89,18 @@ class CpuStep:
     keeps: tuple[object, ...]
 
 
+@dataclass(eq=False, frozen=True, slots=True)
+class _Layout:
+    """All of a step's description that follows from which tensors it was given, and not from what they hold."""
+
+    given: tuple[object, ...]
+    native: NativeStep
+    residual: Tensor
+    delta: Tensor
+    rotary: Tensor
+    num_rows: int
+
+
 class CpuDecoder:
     """A rank's decoder. Used by one thread at a time; several decoders may share the process's team of threads.
 
@@ -131,6 +144,7 @@ class CpuDecoder:
         if all_reduce is not None:
             model.all_reduce, model.all_reduce_handle = all_reduce.function, all_reduce.handle
         self._all_reduce = all_reduce  # keeps its owner
+        self._layout: _Layout | None = None  # of the last step, if the next one is likely to have the same
         library.fl_cpu_decoder_create.restype = ctypes.c_void_p
         handle = library.fl_cpu_decoder_create(ctypes.byref(model))
         if handle is None:
@@ -154,7 +168,9 @@ class CpuDecoder:
         logits_indices: Tensor,
         inv_freq: Tensor,
     ) -> CpuStep:
-        """Describe a step. What it points to must not change before its last op has run.
+        """Describe a step. What it points to must not change before its last op has run, nor may another one begin.
+
+        A step of the very same tensors as the last one is described at once: decodes in the same buffers.
 
         Args:
             kv_cache: [layers, 2, num_blocks, K, block_size, row_width], contiguous; see ``kv_rows``.
@@ -166,7 +182,31 @@ class CpuDecoder:
         Raises:
             KernelArgumentError: shapes, dtypes or strides do not fit.
         """
-        check_step(step, kv_cache)
+        tensors = (step.positions, step.slot_mapping, step.query_start, step.context_lens, step.block_tables)
+        given = (*tensors, kv_cache, token_ids, hidden, logits_indices, inv_freq)
+        layout = self._layout
+        if layout is None or any(map(is_not, layout.given, given)):
+            check_step(step, kv_cache)
+            native, residual = self._describe(step, kv_cache, token_ids, hidden, logits_indices, inv_freq)
+            layout = self._lay_out(given, native, residual)
+            self._layout = layout if self._embeds and step.max_query_len == 1 else None
+        else:
+            check_lengths(step, kv_cache.shape[4])
+        output = torch.empty(layout.num_rows, self._width)
+        native = layout.native
+        native.output, native.prepared, native.has_delta = output.data_ptr(), 0, 0
+        return CpuStep(native, layout.residual, layout.delta, output, (step, layout))
+
+    def _describe(
+        self,
+        step: StepMetadata,
+        kv_cache: Tensor,
+        token_ids: Tensor | None,
+        hidden: Tensor | None,
+        logits_indices: Tensor,
+        inv_freq: Tensor,
+    ) -> tuple[NativeStep, Tensor]:
+        """What was given, for the native code, and the residual stream to begin with."""
         self._check_cache(kv_cache)
         num_tokens, half = step.num_tokens, self._head_dim // 2
         if self._embeds:
@@ -178,10 +218,6 @@ class CpuDecoder:
         _check_index("logits_indices", logits_indices, None)
         per_token = inv_freq.dim() == 2
         _check_floats("inv_freq", inv_freq, (num_tokens, half) if per_token else (half,))
-        delta = torch.empty(num_tokens, self._hidden)
-        rotary = torch.empty(2, num_tokens, half)
-        rows = logits_indices.shape[0] if self._has_head else num_tokens
-        output = torch.empty(rows, self._width)
         native = NativeStep(
             num_tokens=num_tokens,
             num_seqs=step.num_seqs,
@@ -190,15 +226,18 @@ class CpuDecoder:
             logits_indices=logits_indices.data_ptr(),
             inv_freq=inv_freq.data_ptr(),
             inv_freq_stride=half if per_token else 0,
-            cos=rotary.data_ptr(),
-            sin=rotary[1].data_ptr(),
-            residual=residual.data_ptr(),
-            delta=delta.data_ptr(),
-            output=output.data_ptr(),
         )
         _describe_step(native, step, kv_cache)
-        keeps = (step, kv_cache, token_ids, logits_indices, inv_freq, rotary)
-        return CpuStep(native, residual, delta, output, keeps)
+        return native, residual
+
+    def _lay_out(self, given: tuple[object, ...], native: NativeStep, residual: Tensor) -> _Layout:
+        """Memory for what a step computes, but for its output, which outlives it."""
+        delta = torch.empty_like(residual)
+        rotary = torch.empty(2, native.num_tokens, self._head_dim // 2)
+        native.residual, native.delta = residual.data_ptr(), delta.data_ptr()
+        native.cos, native.sin = rotary[0].data_ptr(), rotary[1].data_ptr()
+        num_rows = native.num_logits if self._has_head else native.num_tokens
+        return _Layout(given, native, residual, delta, rotary, num_rows)
 
     def run(self, step: CpuStep, begin: int, end: int) -> Tensor:
         """Run ops ``[begin, end)``, the next ones of the step.
