@@ -1,7 +1,8 @@
 // Linear layers over int8 weights; see linear_quantized.h.
 //
 // A panel is lines of 64 bytes, each four columns of 16 rows: one operand of VNNI's four-products-per-lane, 16 of them
-// one tile of AMX. Packed x: scales [m], then the rounded rows, each padded with zeros to whole panels' columns.
+// one tile of AMX. Packed x: scales [m], then the rounded rows, each padded with zeros to whole panels' columns; for
+// AVX2 in groups of kMaxRows rows, the last perhaps smaller: [cols / 4][rows][4].
 #include "linear_quantized.h"
 
 #include "dot4.h"
@@ -12,26 +13,44 @@ namespace fuseline {
 namespace {
 
 constexpr int64_t kLine = 64, kColStep = 64;
-// Rows of packed x that a panel of the weight meets while they stay in the second-level cache.
-constexpr int64_t kRowBlock = 64;
 
-// AVX2 multiplies 16-bit integers, whose products in pairs never overflow; others take bytes.
+// AVX2 multiplies 16-bit integers, whose products in pairs never overflow; others take bytes. kMaxRows: rows of x that
+// a panel meets at once, as many as have their sums in registers.
 #if defined(__AVX2__) && !defined(FUSELINE_DOT4)
 #define FUSELINE_WIDE 1
 typedef int16_t Input;
+constexpr int kMaxRows = 6;
+#elif defined(FUSELINE_DOT4)
+typedef int8_t Input;
+constexpr int kMaxRows = kDotBytes == 64 ? 8 : 4;
 #else
 typedef int8_t Input;
+constexpr int kMaxRows = 4;
 #endif
+
+// Rows of packed x that a panel of the weight meets while they stay in the second-level cache.
+constexpr int64_t kRowBlock = 64 / kMaxRows * kMaxRows;
 
 struct Packed {
     float* scales;
     Input* rows;
-    int64_t cols; // padded, the distance of rows
+    int64_t cols; // padded
+    int64_t m;
 
-    Packed(const void* packed, int64_t num_cols, int64_t m) : cols(whole(num_cols, kColStep)) {
+    Packed(const void* packed, int64_t num_cols, int64_t num_rows) : cols(whole(num_cols, kColStep)), m(num_rows) {
         char* memory = const_cast<char*>(static_cast<const char*>(packed)); // written by pack_int8 only
         scales = reinterpret_cast<float*>(memory);
         rows = reinterpret_cast<Input*>(memory + whole(m * 4, 64));
+    }
+
+    // Where four columns of a row lie, the first of them a multiple of 4.
+    Input* at(int64_t row, int64_t col) const {
+#if defined(FUSELINE_WIDE)
+        const int64_t first = row / kMaxRows * kMaxRows;
+        return rows + first * cols + col * std::min<int64_t>(kMaxRows, m - first) + (row - first) * 4;
+#else
+        return rows + row * cols + col;
+#endif
     }
 };
 
@@ -48,83 +67,76 @@ using Sums = int32_t[kPanelRows * kSums];
 
 #if defined(FUSELINE_WIDE)
 
-constexpr int kMaxRows = 6;
-
-// As many as leave all sums in registers: a single one in memory halves the speed.
+// A single row is as fast as memory, from which a core gets several streams faster than one.
 constexpr int panels_at_once(int m) {
-    return m == 1 || m == 3 ? 3 : m <= 4 ? 2 : 1;
+    return m == 1 ? 3 : 1;
 }
 
-// Columns whose part of a few panels stays in the first-level cache from one pass to the next.
+// Columns whose part of a panel stays in the first-level cache from one pass to the next.
 constexpr int64_t kChunk = 256;
+// How far a panel is fetched ahead, in bytes: the hardware would start anew with each page.
+constexpr int64_t kAhead = 4096;
 
 // A line is four vectors of 16-bit integers, four columns of four rows each, whose sums come out in pairs. A pass takes
-// Vectors of the four, from First on, and meanwhile fetches its part of the next chunk, which the hardware would not
-// get ahead of. Adds columns [chunk.begin, chunk.end) to the sums. Not inlined, since GCC then keeps them in registers.
+// Vectors of the four, from First on. Adds columns [chunk.begin, chunk.end) to the sums of M rows of x. Not inlined,
+// since GCC then keeps them in registers.
 template <int M, int Panels, int Vectors, int First>
 __attribute__((noinline)) void add_products(const int8_t* panels, const Input* x, int64_t cols, Range chunk,
-                                            const int8_t* next, Sums* sums) {
-    __m256i pairs[Panels][M][Vectors];
-#pragma GCC unroll 4
-    for (int panel = 0; panel < Panels; ++panel)
+                                            Sums* sums) {
+    constexpr int kPasses = 4 / Vectors;
+    // Of several panels in turn, the next ones.
+    const int64_t ahead = Panels == 1 ? kAhead : Panels * cols * kPanelRows;
+    __m256i pairs[Panels * M][Vectors];
 #pragma GCC unroll 8
-        for (int row = 0; row < M; ++row)
+    for (int i = 0; i < Panels * M; ++i)
 #pragma GCC unroll 4
-            for (int vector = 0; vector < Vectors; ++vector)
-                pairs[panel][row][vector] = load_bytes<__m256i>(sums[panel * M + row] + 8 * (First + vector));
-    for (int64_t col = chunk.begin; col < chunk.end; col += 4) {
+        for (int vector = 0; vector < Vectors; ++vector)
+            pairs[i][vector] = load_bytes<__m256i>(sums[i] + 8 * (First + vector));
+    for (int64_t col = chunk.begin; col < chunk.end; col += 4 * kPasses) {
 #pragma GCC unroll 4
-        for (int panel = 0; panel < Panels; ++panel) {
-            const int8_t* line = panels + (panel * cols + col) * kPanelRows;
-            if (Vectors < 4 && panel % (4 / Vectors) == First / Vectors)
-                __builtin_prefetch(next + (panel * cols + col - chunk.begin) * kPanelRows);
+        for (int i = 0; i < Panels * kPasses; ++i) {
+            const int panel = i / kPasses;
+            const int64_t at = col + i % kPasses * 4;
+            const int8_t* line = panels + (panel * cols + at) * kPanelRows;
+            if (i % kPasses == First / Vectors)
+                __builtin_prefetch(line + ahead);
             __m256i w[Vectors];
 #pragma GCC unroll 4
             for (int vector = 0; vector < Vectors; ++vector)
                 w[vector] = _mm256_cvtepi8_epi16(load_bytes<__m128i>(line + 16 * (First + vector)));
 #pragma GCC unroll 8
             for (int row = 0; row < M; ++row) {
-                const __m256i input = _mm256_set1_epi64x(load_bytes<int64_t>(x + row * cols + col));
+                const __m256i input = _mm256_set1_epi64x(load_bytes<int64_t>(x + at * M + 4 * row));
 #pragma GCC unroll 4
-                for (int vector = 0; vector < Vectors; ++vector)
-                    pairs[panel][row][vector] =
-                        _mm256_add_epi32(pairs[panel][row][vector], _mm256_madd_epi16(w[vector], input));
+                for (int vector = 0; vector < Vectors; ++vector) {
+                    __m256i& pair = pairs[panel * M + row][vector];
+                    pair = _mm256_add_epi32(pair, _mm256_madd_epi16(w[vector], input));
+                    // As they stand: in another order of the sums GCC runs out of registers.
+                    asm("" : "+x"(pair));
+                }
             }
         }
     }
-#pragma GCC unroll 4
-    for (int panel = 0; panel < Panels; ++panel)
 #pragma GCC unroll 8
-        for (int row = 0; row < M; ++row)
+    for (int i = 0; i < Panels * M; ++i)
 #pragma GCC unroll 4
-            for (int vector = 0; vector < Vectors; ++vector)
-                std::memcpy(sums[panel * M + row] + 8 * (First + vector), &pairs[panel][row][vector], 32);
+        for (int vector = 0; vector < Vectors; ++vector)
+            std::memcpy(sums[i] + 8 * (First + vector), &pairs[i][vector], 32);
 }
 
 template <int M, int Panels>
 void multiply_panels(const int8_t* panels, const Input* x, int64_t cols, Sums* sums) {
-    constexpr int kVectors = M * Panels <= 3 ? 4 : M * Panels <= 6 ? 2 : 1;
     std::memset(sums, 0, Panels * M * sizeof(Sums));
-    if constexpr (kVectors == 4)
-        return add_products<M, Panels, 4, 0>(panels, x, cols, {0, cols}, nullptr, sums);
+    if constexpr (M <= 2)
+        return add_products<M, Panels, 4, 0>(panels, x, cols, {0, cols}, sums);
     for (int64_t col = 0; col < cols; col += kChunk) {
         const Range chunk{col, std::min(col + kChunk, cols)};
-        const int8_t* next = panels + (chunk.end < cols ? chunk.end : Panels * cols) * kPanelRows;
-        if constexpr (kVectors == 2) {
-            add_products<M, Panels, 2, 0>(panels, x, cols, chunk, next, sums);
-            add_products<M, Panels, 2, 2>(panels, x, cols, chunk, next, sums);
-        } else if constexpr (kVectors == 1) {
-            add_products<M, Panels, 1, 0>(panels, x, cols, chunk, next, sums);
-            add_products<M, Panels, 1, 1>(panels, x, cols, chunk, next, sums);
-            add_products<M, Panels, 1, 2>(panels, x, cols, chunk, next, sums);
-            add_products<M, Panels, 1, 3>(panels, x, cols, chunk, next, sums);
-        }
+        add_products<M, Panels, 2, 0>(panels, x, cols, chunk, sums);
+        add_products<M, Panels, 2, 2>(panels, x, cols, chunk, sums);
     }
 }
 
 #elif defined(FUSELINE_DOT4)
-
-constexpr int kMaxRows = kDotBytes == 64 ? 8 : 4;
 
 constexpr int panels_at_once(int m) {
     return kDotBytes == 64 ? (m <= 2 ? 4 : m <= 4 ? 3 : 2) : (m == 1 ? 3 : 1);
@@ -164,8 +176,6 @@ void multiply_panels(const int8_t* panels, const Input* x, int64_t cols, Sums* s
 
 #else
 
-constexpr int kMaxRows = 4;
-
 constexpr int panels_at_once(int) {
     return 1;
 }
@@ -193,12 +203,19 @@ template <int Parts>
 void finish(const LinearWeight& weight, int64_t row, const int32_t* sums, float x_scale, float* y) {
     const auto* scales = static_cast<const float*>(weight.scales) + row;
     const int64_t count = std::min(kPanelRows, weight.rows - row);
-    for (int64_t i = 0; i < count; ++i) {
+    float bias[kPanelRows] = {}, result[kPanelRows];
+    if (weight.bias != nullptr)
+        std::copy_n(weight.bias + row, count, bias);
+    for (int64_t i = 0; i < kPanelRows; ++i) {
         int32_t sum = 0;
         for (int part = 0; part < Parts; ++part)
             sum += sums[i * Parts + part];
-        y[i] = float(sum) * (scales[i] * x_scale) + (weight.bias == nullptr ? 0.0f : weight.bias[row + i]);
+        result[i] = float(sum) * (scales[i] * x_scale) + bias[i];
     }
+    if (count == kPanelRows)
+        std::memcpy(y, result, sizeof result);
+    else
+        std::copy_n(result, count, y);
 }
 
 const int8_t* panel_of(const LinearWeight& weight, int64_t row, int64_t padded_cols) {
@@ -211,7 +228,7 @@ void multiply_some(const LinearWeight& weight, Range rows, const Packed& x, Rang
     alignas(64) Sums sums[Panels * M];
     int64_t row = rows.begin;
     for (; row + (Panels - 1) * kPanelRows < rows.end; row += Panels * kPanelRows) {
-        multiply_panels<M, Panels>(panel_of(weight, row, x.cols), x.rows + from.begin * x.cols, x.cols, sums);
+        multiply_panels<M, Panels>(panel_of(weight, row, x.cols), x.at(from.begin, 0), x.cols, sums);
         for (int i = 0; i < Panels * M; ++i) {
             const int64_t at = from.begin + i % M, channel = row + i / M * kPanelRows;
             finish<kSums>(weight, channel, sums[i], x.scales[at], y + at * y_stride + channel);
@@ -319,8 +336,12 @@ void pack_int8(const LinearWeight& weight, const float* x, int64_t x_stride, int
             extent.take(values.at(col));
         const float scale = extent.scale();
         to.scales[row] = scale;
-        for (int64_t col = 0; col < to.cols; col += kBlock)
-            round_block(ordered.at(col), inverse(scale), to.rows + row * to.cols + col);
+        Input rounded[kBlock];
+        for (int64_t col = 0; col < to.cols; col += kBlock) {
+            round_block(ordered.at(col), inverse(scale), rounded);
+            for (int64_t i = 0; i < kBlock; i += 4)
+                std::memcpy(to.at(row, col + i), rounded + i, 4 * sizeof(Input));
+        }
     }
 }
 
