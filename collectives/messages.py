@@ -75,10 +75,8 @@ def _coder(hint: Any) -> _Coder:
     if is_dataclass(hint) and isinstance(hint, type):
         return _dataclass_coder(hint)
     origin, args = get_origin(hint), get_args(hint)
-    if (
-        meant := getattr(origin, "__value__", None)
-    ) is not None:  # a `type` statement's, as NDArray from numpy 2.5 on
-        return _coder(meant[args])
+    if hasattr(origin, "__value__"):  # of a `type` statement, as numpy's NDArray is one from 2.5 on
+        return _coder(origin.__value__[args])
     if origin is tuple:
         return _tuple_coder(args)
     if origin in (dict, Mapping):
