@@ -59,6 +59,7 @@ def test_it_says_what_there_is(run: Run) -> None:
         ("serve demo --tensor-parallel-size 0", 2, "tensor_parallel_size must be between 1 and 64, got 0"),
         ("serve demo --decode-tensor-parallel-size 0", 2, "tensor_parallel_size must be between"),
         ("serve demo --dtype float8", 2, "dtype must be one of"),
+        ("serve demo --kv-cache-dtype int4", 2, "kv_cache_dtype must be one of auto, int8; got 'int4'"),
         ("serve demo --grpc-port 70000", 2, "port must be between 0 and 65535, got 70000"),
         ("serve demo --block-size 0", 2, "block_size must be between"),
         ("serve demo --prefil 2", 2, "No such option: --prefil"),
@@ -99,6 +100,7 @@ def test_serve_understands_its_flags(run: Run, monkeypatch: pytest.MonkeyPatch) 
         " --grpc-port 1234 --ray-address auto --no-enable-prefix-caching --num-gpu-blocks-override 100"
         " --served-model-name mine --start-timeout 9 --drain-timeout 8 --num-cpus-per-rank 0.5 --bind-node-address"
         " --allow-cross-node-tp --gpu-memory-utilization 0.5 --prefill-pipeline-parallel-size 1"
+        " --kv-cache-dtype int8"
     )
     assert run(*line.split()) == (0, "", "")
     assert asked == [
@@ -107,6 +109,7 @@ def test_serve_understands_its_flags(run: Run, monkeypatch: pytest.MonkeyPatch) 
             model="demo",
             served_name="mine",
             dtype="float32",
+            kv_cache_dtype="int8",
             device="cpu",
             prefill=PoolConfig(2, ParallelConfig(2, 1), 0.5),
             decode=PoolConfig(3, ParallelConfig(4, 2), 0.5),

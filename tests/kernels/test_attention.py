@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fuseline.kernels import ops
+from fuseline.kernels.kv_rows import dequantize_rows, quantize_rows, row_width
 from fuseline.kernels.ops import AttentionPlan, KernelArgumentError, StepMetadata
 from fuseline.kernels.reference import attention_plan
 
@@ -49,12 +51,16 @@ def build(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     poison: float = float("nan"),
+    kv_dtype: torch.dtype | None = None,
 ) -> Case:
+    cache_dtype = kv_dtype or dtype
     draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     counts = [-(-context // block_size) for context, _ in work]
     num_blocks, width = sum(counts) + 5, max(counts) + 2
     free = draw.sample(range(num_blocks), num_blocks)
-    kv_cache = torch.full((1, 2, num_blocks, kv_heads, block_size, HEAD_DIM), poison, dtype=dtype)
+    shape = (1, 2, num_blocks, kv_heads, block_size, row_width(HEAD_DIM, cache_dtype))
+    kv_cache = torch.full(shape, poison, dtype=cache_dtype)
+    given = []
     tables = np.full((len(work), width), 2**30, np.int32)
     positions: list[int] = []
     slots: list[int] = []
@@ -63,11 +69,16 @@ def build(
         blocks = [free.pop() for _ in range(counts[row])]
         tables[row, : len(blocks)] = blocks
         kv = torch.randn(2, context, kv_heads, HEAD_DIM, generator=generator).to(dtype)
+        given.append(kv)
+        rows = kv
+        if cache_dtype == torch.int8:
+            rows = quantize_rows(kv)
+            kv = dequantize_rows(rows)
         history.append((kv[0], kv[1]))
         for position in range(context):
             slot = blocks[position // block_size], position % block_size
             if position < context - num_tokens:
-                kv_cache[0, :, slot[0], :, slot[1]] = kv[:, position]
+                kv_cache[0, :, slot[0], :, slot[1]] = rows[:, position]
             else:
                 positions.append(position)
                 slots.append(slot[0] * block_size + slot[1])
@@ -85,7 +96,7 @@ def build(
         max_context_len=int(contexts.max()),
     )
     query = torch.randn(len(positions), heads, HEAD_DIM, generator=generator).to(dtype)
-    key, value = (torch.cat([kv[i][-n:] for kv, (_, n) in zip(history, work, strict=True)]) for i in range(2))
+    key, value = (torch.cat([kv[i][-n:] for kv, (_, n) in zip(given, work, strict=True)]) for i in range(2))
     return Case(work, kv_cache, step, query, key, value, history)
 
 
@@ -117,11 +128,13 @@ decodes = st.integers(1, 300).map(lambda context: (context, 1))
     block_size=st.sampled_from([1, 4, 16]),
     window=st.one_of(st.none(), st.integers(1, 50)),
     seed=st.integers(0, 1000),
+    in_int8=st.booleans(),
 )
 def test_any_mix_of_chunks_and_decodes(
-    work: Work, groups: int, kv_heads: int, block_size: int, window: int | None, seed: int
+    work: Work, groups: int, kv_heads: int, block_size: int, window: int | None, seed: int, in_int8: bool
 ) -> None:
-    case = build(work, groups * kv_heads, kv_heads, block_size, seed)
+    int8: dict[str, Any] = {"kv_dtype": torch.int8, "poison": -1}  # bytes of all ones make a scale of NaN
+    case = build(work, groups * kv_heads, kv_heads, block_size, seed, **(int8 if in_int8 else {}))
     assert (case.run(window) - written_out(case, window)).abs().max() < 1e-5
 
 
@@ -243,6 +256,8 @@ def test_tensors_that_do_not_fit_the_plan_are_refused() -> None:
         lambda: ops.paged_attention(case.query[..., :8], layer, plan, 1.0, 8),
         lambda: ops.paged_attention(case.query, layer, plan, 1.0, None),
         lambda: ops.plan_attention(case.step, layer, (None,), torch.float32),
+        lambda: ops.paged_attention(case.query, layer.bfloat16(), plan, 1.0, 8),
+        lambda: ops.kv_store(case.key, case.value, layer.to(torch.int8), plan),
     ]
     before = case.kv_cache.clone()
     for call in calls:

@@ -35,6 +35,7 @@ REQUESTS = [
     make_request(prompt_of(40, 5), temperature=1.3, top_p=0.8, top_k=50, seed=12, repetition_penalty=1.2),
     make_request(prompt_of(50, 6), presence_penalty=1.5, frequency_penalty=0.5, logit_bias={5: 3.0}),
 ]
+HEAD_DIM, LAYERS_TIMES_KV_HEADS = 64, 6 * 2  # of the demo model
 FEW = [REQUESTS[index] for index in (0, 2, 3, 5)]
 
 
@@ -123,14 +124,24 @@ async def test_prefill_without_a_reservation_gives_one_token_and_keeps_nothing(p
     await prefill.released()
 
 
-async def test_layouts_may_differ(expected: dict[str, list[int]]) -> None:
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8"])
+async def test_layouts_may_differ(expected: dict[str, list[int]], kv_cache_dtype: str) -> None:
     async with AsyncExitStack() as stack:
         prefill, decode = await asyncio.gather(
-            stack.enter_async_context(worker(WorkerRole.PREFILL, 2, 1)),
-            stack.enter_async_context(worker(WorkerRole.DECODE, 1, 2, block_size=8)),
+            stack.enter_async_context(worker(WorkerRole.PREFILL, 2, 1, kv_cache_dtype=kv_cache_dtype)),
+            stack.enter_async_context(worker(WorkerRole.DECODE, 1, 2, block_size=8, kv_cache_dtype=kv_cache_dtype)),
         )
         results = await asyncio.gather(*[disaggregate(prefill, decode, request) for request in FEW])
-        assert [result.token_ids for result in results] == [expected[request.request_id] for request in FEW]
+        if kv_cache_dtype == "int8":
+            alone = [dataclasses.replace(request, request_id=f"{request.request_id} alone") for request in FEW]
+            wanted = [(await compute_locally(decode, request)).token_ids for request in alone]
+        else:
+            wanted = [expected[request.request_id] for request in FEW]
+        assert [result.token_ids for result in results] == wanted
+        num_tokens, handed_off = len(FEW[2].prompt_token_ids), results[2].handed_off
+        assert handed_off is not None
+        row_bytes = HEAD_DIM + 4 if kv_cache_dtype == "int8" else HEAD_DIM * 4
+        assert handed_off.num_bytes == num_tokens * LAYERS_TIMES_KV_HEADS * 2 * row_bytes
         await prefill.released()
         await decode.released()
 

@@ -264,6 +264,8 @@ def test_models_that_cannot_be_run(tmp_path: Path, tiny: Tiny) -> None:
         LLM("demo", device="cpu", tensor_parallel_size=3)
     with pytest.raises(InvalidArgumentError, match="device"):
         LLM("demo", device="tpu")
+    with pytest.raises(InvalidArgumentError, match="kv_cache_dtype must be one of auto, int8; got 'fp8'"):
+        LLM("demo", device="cpu", kv_cache_dtype="fp8")
     with pytest.raises(ResourceExhaustedError, match="max_model_len=128"):
         LLM(str(tiny[0]), **SMALL_LLM, kv_cache_memory_bytes=10_000)
     for name in ("config.json", "model.safetensors"):

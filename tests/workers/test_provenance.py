@@ -18,6 +18,7 @@ from fuseline.runtime.errors import (
 )
 from fuseline.runtime.handoff import Provenance, token_prefix_hash
 from fuseline.runtime.request import Request
+from fuseline.runtime.role import WorkerRole
 from fuseline.tests.workers.kv_proxy import kv_proxy, through
 from fuseline.tests.workers.worker_cases import (
     Decoding,
@@ -29,6 +30,7 @@ from fuseline.tests.workers.worker_cases import (
     make_request,
     open_decode,
     open_prefill,
+    worker,
 )
 from fuseline.workers.grpc_errors import error_from_rpc
 
@@ -72,6 +74,23 @@ async def test_decode_refuses_kv_of_something_else(prefill: Worker, decode: Work
     assert await failures(prefill) == [before[0] + 1]
     assert isinstance(await error_of(decoding.events), UnavailableError)
     await both_released(prefill, decode)
+
+
+async def test_kv_in_another_dtype_is_refused(decode: Worker) -> None:
+    """By the prefill worker before it computes anything, or, where that was lied to, by decode as it arrives."""
+    async with worker(WorkerRole.PREFILL, kv_cache_dtype="int8") as other:
+        for is_lied_to in (False, True):
+            request = make_request(fresh_prompt(50))
+            decoding = await open_decode(decode, request)
+            if is_lied_to:
+                decoding.reservation.provenance.dtype = "int8"
+            before = await failures(other)
+            error = await error_of(open_prefill(other, request, decoding.reservation))
+            assert isinstance(error, ProvenanceError), error
+            assert await failures(other) == [before[0] + 1]
+            assert ((await other.engine.stats()).num_steps > 0) is is_lied_to
+            assert isinstance(await error_of(decoding.events), UnavailableError)
+        await both_released(other, decode)
 
 
 @pytest.mark.parametrize("tampering", ["corrupt", "swallow"])

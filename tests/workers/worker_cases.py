@@ -118,6 +118,7 @@ async def worker(
     handoff_timeout_s: float = 30.0,
     block_size: int = 16,
     quantization: str = "none",
+    kv_cache_dtype: str = "auto",
 ) -> AsyncIterator[Worker]:
     """A worker of the demo model in float32, its first rank in this process. Leaves nothing held behind."""
     config = GroupConfig(
@@ -125,6 +126,7 @@ async def worker(
         device="cpu",
         dtype="float32",
         quantization=quantization,
+        kv_cache_dtype=kv_cache_dtype,
         parallel=ParallelConfig(tp, pp),
         scheduler=SchedulerConfig(16, max_num_batched_tokens, 32, handoff_timeout_s=handoff_timeout_s),
         block_size=block_size,

@@ -56,6 +56,7 @@ class Driver:
         block_size: int,
         num_blocks: int,
         seed: int,
+        kv_dtype: torch.dtype | None,
     ) -> None:
         self.models = models
         self._communicators = communicators
@@ -63,7 +64,8 @@ class Driver:
         self._block_size = block_size
         self._free = list(range(num_blocks))
         random.Random(seed).shuffle(self._free)
-        self.caches = [model.new_kv_cache(num_blocks, block_size).fill_(float("nan")) for model in models]
+        poison = -1 if kv_dtype == torch.int8 else float("nan")
+        self.caches = [model.new_kv_cache(num_blocks, block_size, kv_dtype).fill_(poison) for model in models]
         self._buffers = ForwardBuffers(16, MAX_TOKENS, num_blocks, CPU)
         self._pool = ThreadPoolExecutor(parallel.world_size)
 
@@ -155,6 +157,7 @@ def run_group(
     num_blocks: int = 256,
     seed: int = 0,
     quantization: str = "auto",
+    kv_dtype: torch.dtype | None = None,
 ) -> Iterator[Driver]:
     """Load the checkpoint on ``tp * pp`` ranks of this process, joined by real communicators."""
     set_num_threads(1)  # ranks that wait for one another cannot take turns with a larger team
@@ -174,7 +177,7 @@ def run_group(
             load_model(path, config, dtype, CPU, parallel, rank, communicators[rank], quantization=quantization)
             for rank in range(parallel.world_size)
         ]
-        driver = Driver(models, communicators, parallel, block_size, num_blocks, seed)
+        driver = Driver(models, communicators, parallel, block_size, num_blocks, seed, kv_dtype)
         yield driver
     finally:
         if driver is not None:

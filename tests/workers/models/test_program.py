@@ -44,6 +44,26 @@ def test_torch_in_half_precision_is_as_close_to_float32_as_transformers(tmp_path
     assert (ours - exact).square().mean() < 1.2 * (theirs - exact).square().mean()
 
 
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2)])
+def test_both_programs_keep_the_same_int8_kv(
+    tp: int, pp: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What they keep differs by a step where a value lies between two: by far less than from the exact model's."""
+    if native_library() is None:
+        pytest.skip("no compiler")
+    model = build_model("llama", 7)
+    write_checkpoint(tmp_path, model)
+    prompts = [tokens(i, length) for i, length in enumerate((37, 20, 1))]
+    results = []
+    for library in (native_library(), None):
+        monkeypatch.setattr(program, "native_library", lambda library=library: library)
+        with run_group(tmp_path, tp=tp, pp=pp, kv_dtype=torch.int8) as driver:
+            results.append(torch.cat(random_schedule(driver, prompts, 1)))
+    exact = torch.cat([reference_logits(model, prompt) for prompt in prompts])
+    apart, off = ((one - other).square().mean().sqrt() for one, other in (results, (results[0], exact)))
+    assert apart < 0.1 * off
+
+
 @pytest.mark.usefixtures("without_compiler")
 def test_torch_tells_of_layers_as_well(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, build_model("llama"))
