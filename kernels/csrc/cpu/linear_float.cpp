@@ -12,6 +12,7 @@
 #include "linear_float.h"
 
 #include <type_traits>
+#include <utility>
 
 #include "isa.h"
 
@@ -87,9 +88,11 @@ struct Fetch {
 };
 
 // Rows row, row + gap … of W, Rows of them, times the Cols rows of a panel; x points to the panel's vectors of these
-// columns. Streams: what is fetched are the rows one further.
+// columns. Streams: what is fetched are the rows one further. Not inlined, since inside a larger function the compiler
+// keeps the pointers of the loop in memory.
 template <class T, int Rows, int Cols, bool Streams>
-void block(const Piece<T>& piece, int64_t row, int64_t gap, const float* x, const Fetch<T>& fetch) {
+__attribute__((noinline)) void block(const Piece<T>& piece, int64_t row, int64_t gap, const float* x,
+                                     const Fetch<T>& fetch) {
     constexpr int64_t step = Step<T>::kElements;
     const T* w[Rows];
 #pragma GCC unroll 16
@@ -152,17 +155,21 @@ void block(const Piece<T>& piece, int64_t row, int64_t gap, const float* x, cons
     }
 }
 
-// Rows of a block by the rows of its panel: as many accumulators as registers hold beside what is being multiplied.
+// Rows of a block by the rows of its panel: as many accumulators as registers hold beside what is being multiplied, of
+// which there is more where a load is widened to two vectors.
+template <class T>
 constexpr int block_rows(int panel_rows) {
-    constexpr bool many = kVectorBytes == 64; // 32 registers instead of 16
-    return panel_rows == 1 ? 8 : panel_rows == 2 ? (many ? 8 : 6) : panel_rows == 3 ? (many ? 8 : 4) : (many ? 6 : 3);
+    if (kVectorBytes == 64) // 32 registers instead of 16
+        return panel_rows == kPanel ? 6 : 8;
+    constexpr bool wide = Step<T>::kVectors == 2;
+    return panel_rows == 1 ? 8 : panel_rows == 2 ? (wide ? 4 : 6) : panel_rows == 3 ? (wide ? 3 : 4) : 3;
 }
 static_assert(kFloatGrain % 8 == 0 && kFloatGrain % 6 == 0); // and so of 4 and 3
 
 // The piece's rows times a panel of Cols rows.
 template <class T, int Cols>
 void multiply_panel(const Piece<T>& piece, int64_t rows, const float* x, const Fetch<T>& fetch) {
-    constexpr int kRows = block_rows(Cols);
+    constexpr int kRows = block_rows<T>(Cols);
     const int64_t blocks = rows / kRows;
     for (int64_t i = 0; i < blocks; ++i) {
         const int64_t first = fetch.rows * i / blocks, end = fetch.rows * (i + 1) / blocks;
@@ -177,7 +184,7 @@ void multiply_panel(const Piece<T>& piece, int64_t rows, const float* x, const F
 // rows. The hardware sees a single row's stream coming, and needs to.
 template <class T, int Cols>
 void stream_panel(const Piece<T>& piece, int64_t rows, const float* x) {
-    constexpr int kRows = block_rows(Cols);
+    constexpr int kRows = block_rows<T>(Cols);
     const int64_t gap = rows / kRows;
     for (int64_t i = 0; i < gap; ++i)
         block<T, kRows, Cols, (Cols > 1)>(piece, i, gap, x, {});
@@ -290,6 +297,17 @@ void linear_rows(const LinearWeight& weight, Range rows, const float* packed, in
                     [&](auto panel_rows) { stream_panel<T, decltype(panel_rows)::value>(piece, rows.size(), packed); });
 }
 
+template <int First, size_t... Index>
+inline f32v every_second(f32v low, f32v high, std::index_sequence<Index...>) {
+    return __builtin_shufflevector(low, high, int(First + 2 * Index)...);
+}
+
+// The elements First, First + 2 … of two vectors.
+template <int First>
+inline f32v every_second(f32v low, f32v high) {
+    return every_second<First>(low, high, std::make_index_sequence<kLanes>());
+}
+
 // Where the vectors of a row of x go.
 template <class T>
 void pack_rows(int64_t cols, const float* x, int64_t x_stride, int64_t m, Range rows, float* packed) {
@@ -304,10 +322,17 @@ void pack_rows(int64_t cols, const float* x, int64_t x_stride, int64_t m, Range 
             float* to = packed + col * m + panel * padded + (row - panel) * kLanes;
             for (int64_t at = col; at < col + padded; at += step, to += kVectors * height * kLanes) {
                 float piece[step] = {};
-                std::memcpy(piece, from + at, std::min(step, cols - at) * sizeof(float));
-                for (int vector = 0; vector < kVectors; ++vector) {
-                    for (int lane = 0; lane < kLanes; ++lane)
-                        to[vector * height * kLanes + lane] = piece[lane * kVectors + vector];
+                const float* elements = from + at;
+                if (at + step > cols) {
+                    std::copy(from + at, from + cols, piece);
+                    elements = piece;
+                }
+                if constexpr (kVectors == 1) {
+                    store(to, load(elements));
+                } else {
+                    const f32v low = load(elements), high = load(elements + kLanes);
+                    store(to, every_second<0>(low, high));
+                    store(to + height * kLanes, every_second<1>(low, high));
                 }
             }
         }
