@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from .cuda.packing import PackedWeight
 from .errors import KernelArgumentError
 from .quantized import QuantizedWeight
 from .reference.attention_plan import AttentionPlan, KvGeometry
@@ -42,7 +43,10 @@ def check_last(name: str, x: Tensor, weight: Tensor) -> None:
 
 def check_linear(name: str, x: Tensor, weight: Weight) -> None:
     """``x`` [..., in] for a weight [out, in]: of its dtype, or of any float type if it is quantised."""
-    if not isinstance(weight, QuantizedWeight):
+    if isinstance(weight, PackedWeight):
+        if (x.shape[-1], x.dtype, x.device) != (weight.shape[1], weight.dtype, weight.device):
+            raise KernelArgumentError(f"{name} {describe(x)} does not fit a packed weight {weight.shape}")
+    elif not isinstance(weight, QuantizedWeight):
         part = weight.parts[0] if isinstance(weight, StackedWeight) else weight
         check_dims("weight", part, 2)
         check_last(name, x, part)

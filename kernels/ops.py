@@ -56,8 +56,9 @@ __all__ = [
     "mlp_block",
     "paged_attention",
     "plan_attention",
+    "prepare_attention",
     "prepare_head",
-    "prepare_layer",
+    "prepare_mlp",
     "rms_norm",
     "rotary_cos_sin",
     "rotary_embedding",
@@ -289,7 +290,7 @@ def head(
     check_stream(residual, delta, norm)
     check_linear("norm", norm, weight)
     check_index("logits_indices", logits_indices, residual)
-    if fused.takes_head(residual, weight, logits_indices):
+    if fused.takes_head(weight, logits_indices):
         return fused.head(residual, delta, norm, weight, logits_indices, eps)
     return blocks.head(residual, delta, norm, weight, logits_indices, eps)
 
@@ -316,18 +317,26 @@ def head_candidates(
     check_index("logits_indices", logits_indices, residual)
     if not 1 <= num_candidates <= weight.shape[0]:
         raise KernelArgumentError(f"{num_candidates} candidates of {weight.shape[0]} rows are not possible")
-    if fused.takes_head(residual, weight, logits_indices):
+    if fused.takes_head(weight, logits_indices):
         return fused.head_candidates(residual, delta, norm, weight, logits_indices, num_candidates, eps)
     logits = blocks.head(residual, delta, norm, weight, logits_indices, eps)
     best, rows = logits.float().topk(num_candidates)
     return best, rows.int()
 
 
-def prepare_layer(attention: AttentionWeights, mlp: MlpWeights, spec: AttentionSpec) -> None:
-    """Make now what implementations keep beside a layer's weights, before the rest of the memory is given away."""
-    fused.prepare(attention, mlp, spec)
+def prepare_attention(weights: AttentionWeights, spec: AttentionSpec) -> AttentionWeights:
+    """The weights in the form that this machine's ``attention_block`` is fastest with; call once, before any step.
+
+    The same bytes in another order: it may take the memory of those given, which are then not to be used any more.
+    """
+    return fused.prepare_attention(weights, spec)
 
 
-def prepare_head(weight: Weight) -> None:
-    """Likewise for a head's weight."""
-    fused.prepare_head(weight)
+def prepare_mlp(weights: MlpWeights) -> MlpWeights:
+    """Likewise for ``mlp_block``."""
+    return fused.prepare_mlp(weights)
+
+
+def prepare_head(weight: Weight, *, keep: bool) -> Weight:
+    """Likewise for ``head``. ``keep``: others use the weight given, as tied embeddings do."""
+    return fused.prepare_head(weight, keep=keep)

@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from .cuda.packing import PackedWeight
 from .errors import KernelArgumentError
 from .quantized import QuantizedWeight
 from .stacked import StackedWeight
 
 Tensor = torch.Tensor
-Weight = Tensor | StackedWeight | QuantizedWeight
+Weight = Tensor | StackedWeight | QuantizedWeight | PackedWeight
 """A linear layer's matrix [out, in]."""
 FLOAT_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
@@ -166,13 +167,15 @@ class MlpWeights:
 
 
 def float_weight(weight: Weight) -> Tensor:
-    """A weight that is not quantised, in one piece, for kernels that take no others; a stack is copied.
+    """A weight that is not quantised, in one piece and in rows, for kernels that take no others; others are copied.
 
     Raises:
         KernelArgumentError: it is quantised.
     """
     if isinstance(weight, QuantizedWeight):
         raise KernelArgumentError(f"expected a float weight, got one of int{weight.bits}")
+    if isinstance(weight, PackedWeight):
+        return weight.unpack()
     return torch.cat(weight.parts) if isinstance(weight, StackedWeight) else weight
 
 

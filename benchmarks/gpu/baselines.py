@@ -122,10 +122,12 @@ def sdpa(spec: AttentionSpec, contiguous: Tensor, backend: SDPBackend) -> Attend
 
 
 def usable_backends(spec: AttentionSpec, contiguous: Tensor) -> list[SDPBackend]:
-    """Those of SDPA's backends that take these shapes on this device."""
+    """Those of SDPA's backends that take these shapes on this device; the plain one where no other does."""
     query = contiguous.new_zeros(contiguous.shape[1], spec.num_heads, spec.head_dim)
-    usable = []
+    usable: list[SDPBackend] = []
     for backend in BACKENDS:
+        if usable and backend is SDPBackend.MATH:
+            break  # never faster, and slow at the longest contexts
         try:
             sdpa(spec, contiguous, backend)(query)
         except RuntimeError:  # torch's only way to say that a backend does not take something

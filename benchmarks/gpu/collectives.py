@@ -127,18 +127,18 @@ def _run(library: CudaLibrary, kind: str, form: str, values: Tensor, results: Te
     num_clusters, cluster, elements = values.shape
     args = _arguments(library, kind, form, cluster, num_clusters, elements, repeats)
     num_bytes = library.call("fl_cuda_collective_workspace", ctypes.byref(args))
-    workspace = _workspace(num_bytes, values.device)
+    workspace = _workspace(num_clusters, num_bytes, values.device)
     args.input, args.output, args.workspace = values.data_ptr(), results.data_ptr(), workspace.data_ptr()
     args.stream = torch.cuda.current_stream(values.device).cuda_stream
     library.launch("fl_cuda_collective", ctypes.byref(args))
 
 
-_workspaces: dict[tuple[int, torch.device], Tensor] = {}
+_workspaces: dict[tuple[int, int, torch.device], Tensor] = {}
 
 
-def _workspace(num_bytes: int, device: torch.device) -> Tensor:
-    """Zeroed once and kept, as a captured graph needs it."""
-    key = (num_bytes, device)
+def _workspace(num_clusters: int, num_bytes: int, device: torch.device) -> Tensor:
+    """Zeroed once and kept, as a captured graph needs it; it begins with a counter for each cluster."""
+    key = (num_clusters, num_bytes, device)
     if key not in _workspaces:
         _workspaces[key] = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
     return _workspaces[key]

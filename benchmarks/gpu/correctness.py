@@ -6,18 +6,19 @@ times that of the plain torch pipeline in bf16 on the same inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 
 from fuseline.kernels import ops
 from fuseline.kernels.reference import blocks
-from fuseline.kernels.types import StepMetadata
+from fuseline.kernels.types import AttentionWeights, StepMetadata
 
 from . import oracle
 from .cases import SMALL, TINY, AttentionCase, DenseCase, attention_cases, dense_cases
-from .inputs import Layer, Source, decode_step, poison_unused, rotary
+from .inputs import Layer, Source, decode_step, poison_unused, prepared_attention, prepared_mlp, rotary
 
 Tensor = torch.Tensor
 Block = Callable[..., tuple[Tensor, Tensor]]
@@ -60,9 +61,10 @@ class Checks:
 
 @dataclass(frozen=True, eq=False)
 class AttentionInputs:
-    """One call of an attention block; ``kv`` is what a run must copy."""
+    """One call of an attention block; ``kv`` is what a run must copy, ``weights`` those of the layer for the op."""
 
     layer: Layer
+    weights: AttentionWeights
     kv: Tensor
     step: StepMetadata
     residual: Tensor
@@ -71,10 +73,9 @@ class AttentionInputs:
 
     def run(self, kv: Tensor, block: Block | None = None) -> tuple[Tensor, Tensor]:
         """``residual + delta`` and the delta of ``block``, by default the op; appends to ``kv``."""
-        block = block or ops.attention_block
         plan = ops.plan_attention(self.step, kv[None], [None], kv.dtype)
-        layer = self.layer
-        return block(self.residual, self.delta, layer.attention, layer.spec, self.rotary, kv, plan)
+        block, weights = block or ops.attention_block, self.layer.attention if block else self.weights
+        return block(self.residual, self.delta, weights, self.layer.spec, self.rotary, kv, plan)
 
     def row(self, row: int) -> AttentionInputs:
         """One of the sequences by itself."""
@@ -117,6 +118,7 @@ def attention_inputs(case: AttentionCase, device: torch.device, seed: int = 0) -
     batch = len(case.contexts)
     return AttentionInputs(
         layer=layer,
+        weights=prepared_attention(layer.attention, layer.spec),
         kv=kv,
         step=step,
         residual=source.stream(batch, shape.hidden),
@@ -158,12 +160,13 @@ def check_mlp(case: DenseCase, device: torch.device, checks: Checks) -> None:
     weights = source.mlp(case.shape, bias=case.bias)
     residual = source.stream(case.batch, case.shape.hidden)
     delta = source.stream(case.batch, case.shape.hidden) if case.delta else None
-    total, result = ops.mlp_block(residual, delta, weights, EPS)
+    ready = prepared_mlp(weights)
+    total, result = ops.mlp_block(residual, delta, ready, EPS)
     _, plain = blocks.mlp_block(residual, delta, weights, EPS)
     checks.close(name, result, oracle.mlp_block(residual, delta, weights, EPS), plain)
     checks.same_bits(f"{name}: residual + delta", total, residual if delta is None else residual + delta)
-    checks.same_bits(f"{name}: run again", ops.mlp_block(residual, delta, weights, EPS)[1], result)
-    alone = ops.mlp_block(residual[-1:], None if delta is None else delta[-1:], weights, EPS)[1]
+    checks.same_bits(f"{name}: run again", ops.mlp_block(residual, delta, ready, EPS)[1], result)
+    alone = ops.mlp_block(residual[-1:], None if delta is None else delta[-1:], ready, EPS)[1]
     checks.same_bits(f"{name}: the last row alone and among others", alone, result[-1:])
 
 
@@ -176,13 +179,14 @@ def check_head(case: DenseCase, device: torch.device, checks: Checks) -> None:
     residual = source.stream(case.batch, shape.hidden)
     delta = source.stream(case.batch, shape.hidden) if case.delta else None
     rows = torch.arange(case.batch, device=device).flip(0)
-    logits = ops.head(residual, delta, norm, weight, rows, EPS)
+    ready = ops.prepare_head(weight, keep=True)
+    logits = ops.head(residual, delta, norm, ready, rows, EPS)
     plain = blocks.head(residual, delta, norm, weight, rows, EPS)
     checks.close(name, logits, oracle.head(residual, delta, norm, weight, EPS)[rows], plain)
-    checks.same_bits(f"{name}: run again", ops.head(residual, delta, norm, weight, rows, EPS), logits)
+    checks.same_bits(f"{name}: run again", ops.head(residual, delta, norm, ready, rows, EPS), logits)
 
 
-def check_repeats(case: AttentionCase, device: torch.device, checks: Checks, repeats: int) -> None:
+def check_repeats(case: AttentionCase, device: torch.device, repeats: int, checks: Checks) -> None:
     """The same call over and over: one set of bits."""
     inputs = attention_inputs(case, device)
     kv = inputs.kv.clone()
@@ -198,10 +202,11 @@ def check_replays(device: torch.device, checks: Checks) -> None:
     width = max(inputs.step.block_tables.shape[1] for inputs in (first, second))
     blocks_needed = max(first.kv.shape[1], second.kv.shape[1])
     first, second = (_widened(inputs, width, blocks_needed) for inputs in (first, second))
-    second = replace(second, layer=first.layer)
+    second = replace(second, layer=first.layer, weights=first.weights)
     wanted = [inputs.run(inputs.kv.clone())[1] for inputs in (first, second)]
     live, kv = _cloned(first), first.kv.clone()
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    torch.cuda.synchronize(device)
     with torch.cuda.stream(stream):
         live.run(kv)
     torch.cuda.synchronize(device)
@@ -250,16 +255,17 @@ def _widened(inputs: AttentionInputs, width: int, num_blocks: int) -> AttentionI
     return replace(inputs, kv=large, step=replace(inputs.step, block_tables=wide))
 
 
-def check_all(device: torch.device, *, tiny: bool) -> Checks:
-    """All cases, or those that a CPU can afford."""
-    checks = Checks()
-    for attention_case in attention_cases(tiny=tiny):
-        check_attention(attention_case, device, checks)
-    for dense_case in dense_cases(tiny=tiny):
-        check_mlp(dense_case, device, checks)
-        check_head(dense_case, device, checks)
-    repeated = AttentionCase("repeats", TINY if tiny else SMALL, (700, 33, 1))
-    check_repeats(repeated, device, checks, 3 if tiny else 1000)
-    if device.type == "cuda":
-        check_replays(device, checks)
-    return checks
+def checks_of(op: str, device: torch.device, *, tiny: bool) -> Iterator[tuple[str, Callable[[Checks], None]]]:
+    """All checks of "mlp", "attention", "head", or "replays", by name; or those that a CPU can afford."""
+    if op == "attention":
+        for attention_case in attention_cases(tiny=tiny):
+            yield attention_case.name, partial(check_attention, attention_case, device)
+    elif op == "replays":
+        repeated = AttentionCase("repeats", TINY if tiny else SMALL, (700, 33, 1))
+        yield "repeats", partial(check_repeats, repeated, device, 3 if tiny else 1000)
+        if device.type == "cuda":
+            yield "replays", partial(check_replays, device)
+    else:
+        check = {"mlp": check_mlp, "head": check_head}[op]
+        for dense_case in dense_cases(tiny=tiny):
+            yield dense_case.name, partial(check, dense_case, device)

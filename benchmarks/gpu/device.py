@@ -15,6 +15,8 @@ from typing import Protocol
 
 import torch
 
+from fuseline.kernels.cuda.launcher import CAPABILITY
+
 Launch = Callable[[], object]
 COPY_BYTES = 2 << 30
 REPLAYS = 21
@@ -49,14 +51,26 @@ class Device(Protocol):
         """Bytes read and written by a large copy, per second."""
         ...
 
+    def check(self) -> None:
+        """Raises RuntimeError where a fault has left the device unusable to this process."""
+        ...
+
 
 class CudaDevice:
-    """The first GPU."""
+    """The first GPU.
+
+    Raises:
+        RuntimeError: it is no Hopper.
+    """
 
     def __init__(self) -> None:
         self.torch = torch.device("cuda:0")
         self._properties = torch.cuda.get_device_properties(self.torch)
+        if (self._properties.major, self._properties.minor) != CAPABILITY:
+            raise RuntimeError(f"{self._properties.name} is no Hopper GPU, which the kernels are made for")
         self.l2_bytes = self._properties.L2_cache_size
+        # One for all timings: blocks have scratch memory for each stream.
+        self._stream = torch.cuda.Stream(self.torch)  # type: ignore[no-untyped-call]
 
     def describe(self) -> dict[str, str | int | float]:
         query = "driver_version,clocks.sm,clocks.mem,power.limit,temperature.gpu"
@@ -76,7 +90,7 @@ class CudaDevice:
 
     def time(self, launches: Sequence[Launch]) -> Timing:
         """Captured in a CUDA graph and replayed, timed by events around each replay."""
-        stream = torch.cuda.Stream(self.torch)  # type: ignore[no-untyped-call]
+        stream = self._stream
         stream.wait_stream(torch.cuda.current_stream(self.torch))
         with torch.cuda.stream(stream):
             for _ in range(2):  # so that capturing finds everything loaded and allocated; the second time is timed
@@ -96,6 +110,9 @@ class CudaDevice:
         source = torch.empty(COPY_BYTES, dtype=torch.uint8, device=self.torch).random_(0, 256)
         target = torch.empty_like(source)
         return 2 * COPY_BYTES / self.time([lambda: target.copy_(source)]).us * 1e6
+
+    def check(self) -> None:
+        torch.cuda.synchronize(self.torch)
 
 
 class CpuDevice:
@@ -121,6 +138,9 @@ class CpuDevice:
         source = torch.ones(1 << 20, dtype=torch.uint8)
         target = torch.empty_like(source)
         return 2 * source.numel() / self.time([lambda: target.copy_(source)]).us * 1e6
+
+    def check(self) -> None:
+        """Nothing breaks here."""
 
 
 def _events_us(repeats: int, launch: Launch) -> list[float]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from fuseline.kernels.types import AttentionSpec, AttentionWeights, MlpWeights, StepMetadata
+from fuseline.kernels import ops
+from fuseline.kernels.types import AttentionSpec, AttentionWeights, MlpWeights, StepMetadata, float_weight
 
 from .shapes import Shape
 
@@ -22,6 +23,18 @@ class Layer:
     spec: AttentionSpec
     attention: AttentionWeights
     mlp: MlpWeights
+
+
+def prepared_attention(weights: AttentionWeights, spec: AttentionSpec) -> AttentionWeights:
+    """In the form that the op takes, beside those given."""
+    qkv, out = float_weight(weights.qkv).clone(), float_weight(weights.out).clone()
+    return ops.prepare_attention(replace(weights, qkv=qkv, out=out), spec)
+
+
+def prepared_mlp(weights: MlpWeights) -> MlpWeights:
+    """Likewise."""
+    gate_up, down = float_weight(weights.gate_up).clone(), float_weight(weights.down).clone()
+    return ops.prepare_mlp(replace(weights, gate_up=gate_up, down=down))
 
 
 class Source:

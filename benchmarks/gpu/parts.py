@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shutil
-import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,41 +17,66 @@ import numpy as np
 import torch
 
 from fuseline.kernels.cuda.attention import attention_problem
+from fuseline.kernels.cuda.choices import default_table
 from fuseline.kernels.cuda.head import head_problem
 from fuseline.kernels.cuda.launch import plan_launch
 from fuseline.kernels.cuda.library import CudaLibrary, load_library
 from fuseline.kernels.cuda.mlp import mlp_problem
-from fuseline.kernels.errors import LaunchError
+from fuseline.kernels.errors import KernelArgumentError
 
-from . import baselines, collectives, correctness, public, report
-from .blocks import BLOCK_SIZE, EPS, Bench
+from . import baselines, collectives, correctness, public, report, tune
+from .blocks import BLOCK_SIZE, EPS, Bench, Figure
 from .cases import TINY
 from .device import Device
 from .shapes import BATCHES, CONTEXTS, SHAPES
+from .watch import run_watched
 
-SANITIZER_LIMIT_S = 120
+SANITIZER_LIMIT_S = 60.0
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 
 
 @dataclass
 class Run:
-    """What the parts share.
+    """What a part works with, and where it leaves what it has found.
 
     Attributes:
         tiny: shapes that a CPU can afford.
+        path: of a file for ``keep``.
         clusterfusion: a checkout of the public kernels.
         wrong: every wrong result found so far, in words.
+        failed: whatever raised an error instead of giving a result, in words.
     """
 
     device: Device
     tiny: bool
+    path: Path
     clusterfusion: Path | None = None
     wrong: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
 
     @cached_property
     def bytes_per_s(self) -> float:
         """The copy bandwidth of this run."""
         return self.device.copy_bytes_per_s()
+
+    def keep(self, result: Any) -> None:
+        """Write down what there is: whatever happens next, it is not lost."""
+        report.write_json(self.path, {"result": result, "wrong": self.wrong, "failed": self.failed})
+
+    def attempt(self, name: str, work: Callable[[], Any]) -> Any:
+        """What ``work`` returns; None if it raises an error, which is noted. Its name is printed before it begins.
+
+        Raises:
+            RuntimeError: the device can no longer be used.
+        """
+        print(f"   {name}", flush=True)
+        try:
+            return work()
+        except (RuntimeError, KernelArgumentError) as error:
+            self.failed.append(f"{name}: {type(error).__name__}: {str(error)[:500]}")
+            print(f"   FAILED {self.failed[-1]}", flush=True)
+            self.device.check()
+            return None
 
 
 def environment(run: Run) -> dict[str, Any]:
@@ -66,12 +91,13 @@ def environment(run: Run) -> dict[str, Any]:
         "flashinfer": baselines.has_flashinfer(),
         "compiled_baseline": baselines.elementwise(run.device.torch).compiled,
     }
+    print(f"{found['device']['name']}: copies {run.bytes_per_s / 1e12:.2f} TB/s, torch {torch.__version__}")
+    run.keep(found)
     if not run.tiny:
-        found["library"] = str(load_library().path.name)  # without it nothing below would be about the kernels
-        found["launches"] = launches(load_library())
+        found["library"] = load_library().path.name
+        found["launches"] = run.attempt("launches", partial(launches, load_library())) or []
         header = ("shape", "block", "batch", "cluster", "clusters", "resident", "stages")
         print(report.table(header, [list(row.values()) for row in found["launches"]]))
-    print(f"{found['device']['name']}: copies {run.bytes_per_s / 1e12:.2f} TB/s, torch {torch.__version__}")
     return found
 
 
@@ -87,7 +113,7 @@ def launches(library: CudaLibrary) -> list[dict[str, Any]]:
             head_problem(library, shape.hidden, shape.vocab, 0, EPS),
         ):
             for batch in BATCHES:
-                plan = plan_launch(library, problem, batch)
+                plan = plan_launch(library, problem, batch, default_table())
                 rows.append(
                     {
                         "shape": shape.name,
@@ -102,12 +128,14 @@ def launches(library: CudaLibrary) -> list[dict[str, Any]]:
     return rows
 
 
-def check(run: Run) -> dict[str, Any]:
-    """Every op on its edges."""
-    checks = correctness.check_all(run.device.torch, tiny=run.tiny)
-    run.wrong += checks.wrong
+def check(op: str, run: Run) -> dict[str, Any]:
+    """One op on its edges."""
+    checks = correctness.Checks(wrong=run.wrong)
+    for name, work in correctness.checks_of(op, run.device.torch, tiny=run.tiny):
+        run.attempt(f"{op}, {name}", partial(work, checks))
+        run.keep({"num_checked": checks.num_checked})
     print(f"{checks.num_checked} checks, {len(checks.wrong)} wrong")
-    return {"num_checked": checks.num_checked, "wrong": checks.wrong}
+    return {"num_checked": checks.num_checked}
 
 
 def sanitize(run: Run) -> dict[str, Any]:
@@ -120,47 +148,78 @@ def sanitize(run: Run) -> dict[str, Any]:
     for name in TOOLS:
         command = [tool, "--tool", name, "--error-exitcode", "7", sys.executable, "-m", "benchmarks.gpu.sanitized"]
         found[name] = _sanitize_with(command)
-        print(f"{name}: {found[name]}")
+        print(f"{name}: {found[name]}", flush=True)
         if found[name] == "errors":
             run.wrong.append(f"compute-sanitizer: {name} found errors")
+        run.keep(found)
     return found
 
 
 def _sanitize_with(command: list[str]) -> str:
     environment = {**os.environ, "FUSELINE_CUDA_LIBRARY": str(load_library().path)}
-    try:
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            timeout=SANITIZER_LIMIT_S,
-            cwd=report.ROOT,
-            env=environment,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return f"not done in {SANITIZER_LIMIT_S} s"
-    if done.returncode == 7:
-        print(done.stdout[-4000:])
+    lines: list[str] = []
+    done = run_watched(command, SANITIZER_LIMIT_S, SANITIZER_LIMIT_S, lines.append, report.ROOT, environment)
+    if done.exit_code == 7:
+        print("\n".join(lines[-60:]))
         return "errors"
-    return "clean" if done.returncode == 0 else f"did not run: {done.stderr[-300:]}"
+    return "clean" if not done.problem else f"did not run: {done.problem}; {done.last_line[-300:]}"
 
 
-def blocks(run: Run) -> list[dict[str, Any]]:
-    """Every block and the layer, at every shape, batch and context."""
+def time_blocks(block: str, run: Run) -> list[dict[str, Any]]:
+    """One block at every shape, batch and context; with attention the whole layer too."""
     pieces = baselines.elementwise(run.device.torch)
     extension = None if run.clusterfusion is None else public.load(run.clusterfusion)
-    shapes, batches, contexts = ((TINY,), (1, 2), (32,)) if run.tiny else (SHAPES, BATCHES, CONTEXTS)
     figures: list[dict[str, Any]] = []
-    for shape in shapes:
+    targets_first = sorted(SHAPES, key=lambda shape: shape.name not in report.TARGET_SHAPES)
+    for shape in (TINY,) if run.tiny else targets_first:
         bench = Bench(shape, run.device, run.bytes_per_s, pieces, extension)
-        for batch in batches:
-            found = [bench.mlp(batch), bench.head(batch)]
-            for context in contexts:
-                found += bench.attention(batch, context)
+        first = len(figures)
+        for name, work in _timings(block, bench, tiny=run.tiny):
+            found: list[Figure] = run.attempt(f"{shape.name} {block} {name}", work) or []
             figures += [figure.record() for figure in found]
-        print(report.table(report.BLOCK_HEADER, report.block_rows(figures[-len(found) * len(batches) :])), flush=True)
+            run.keep(figures)
+        print(report.table(report.BLOCK_HEADER, report.block_rows(figures[first:])), flush=True)
     return figures
+
+
+def _timings(block: str, bench: Bench, *, tiny: bool) -> Iterator[tuple[str, Callable[[], list[Figure]]]]:
+    batches, contexts = ((1, 2), (32,)) if tiny else (BATCHES, CONTEXTS)
+    for batch in batches:
+        if block == "attention":
+            for context in contexts:
+                yield f"B={batch} context {context}", partial(bench.attention, batch, context)
+        else:
+            yield f"B={batch}", partial(bench.mlp if block == "mlp" else bench.head, batch)
+
+
+def tune_launches(run: Run) -> dict[str, Any]:
+    """Each block of the target shapes over its launches; all launches of a cluster size must give the same bits."""
+    trials: list[tune.Trial] = []
+    if run.tiny:
+        return {"trials": [], "table": []}
+    library, multiprocessors = (
+        load_library(),
+        torch.cuda.get_device_properties(run.device.torch).multi_processor_count,
+    )
+    for shape in (shape for shape in SHAPES if shape.name in report.TARGET_SHAPES):
+        for task in tune.tasks(library, run.device, shape, run.bytes_per_s):
+            for cluster in tune.CLUSTERS:
+                expected: torch.Tensor | None = None
+                for spread in tune.spreads(library, task.problem, task.batch, cluster, multiprocessors):
+                    name = f"{task.name}: {cluster} x {spread.num_clusters} CTAs, {spread.stages} stages"
+                    work = partial(tune.try_launch, library, run.device, task, cluster, spread)
+                    found: tuple[tune.Trial, torch.Tensor] | None = run.attempt(name, work)
+                    if found is None:
+                        continue
+                    trials.append(found[0])
+                    print(f"      {found[0].us:.1f} us, {found[0].us / task.floor_us:.2f} x floor", flush=True)
+                    if expected is not None and not torch.equal(found[1], expected):
+                        run.wrong.append(f"{name}: the bits depend on the launch")
+                    expected = found[1]
+            run.keep({"trials": [trial.record() for trial in trials], "table": tune.best_table(trials).records()})
+    table = tune.best_table(trials).records()
+    print("\n".join(json.dumps(record) for record in table))
+    return {"trials": [trial.record() for trial in trials], "table": table}
 
 
 def on_chip(run: Run) -> list[dict[str, Any]]:
@@ -169,10 +228,10 @@ def on_chip(run: Run) -> list[dict[str, Any]]:
         return []
     found = []
     for cluster in collectives.CLUSTERS:
-        try:
-            found.append(collectives.distributed_memory(load_library(), run.device, cluster))
-        except LaunchError as error:
-            print(f"clusters of {cluster}: {error}")
+        work = partial(collectives.distributed_memory, load_library(), run.device, cluster)
+        if row := run.attempt(f"clusters of {cluster}", work):
+            found.append(row)
+            run.keep(found)
     rows = [
         [row["cluster"], row["latency_cycles"], row["loads_bytes_per_s"] / 1e12, row["copies_bytes_per_s"] / 1e12]
         for row in found
@@ -189,21 +248,40 @@ def reduce_gather(run: Run) -> list[dict[str, Any]]:
     for kind in collectives.KINDS:
         for cluster in collectives.CLUSTERS:
             for elements in collectives.ELEMENTS:
-                figure = collectives.measure(load_library(), run.device, kind, cluster, elements)
+                work = partial(collectives.measure, load_library(), run.device, kind, cluster, elements)
+                figure = run.attempt(f"{kind} of {cluster} CTAs, {elements} elements", work)
+                if figure is None:
+                    continue
                 run.wrong += [f"{kind} of {cluster} CTAs, {elements} elements: {form}" for form in figure.wrong]
                 found.append(figure.record())
+                run.keep(found)
                 each = [figure.us.get(form, "-") for form in collectives.FORMS]
                 rows.append([kind, cluster, elements, *each, found[-1]["speedup"] or "-"])
     print(report.table(("us", "cluster", "elements", *collectives.FORMS, "x faster"), rows))
     return found
 
 
-Part = Callable[[Run], Any]
-PARTS: dict[str, Part] = {
-    "environment": environment,
-    "correctness": check,
-    "dsmem": on_chip,
-    "collectives": reduce_gather,
-    "blocks": blocks,
-    "sanitize": sanitize,
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What runs, for how long at most, and how long it may say nothing: a kernel that hangs says nothing."""
+
+    run: Callable[[Run], Any]
+    limit_s: float
+    quiet_s: float = 45.0
+
+
+# In this order: first what is right, then what is fast, and last what takes long and says least.
+PARTS = {
+    "environment": Part(environment, 200, 180),  # compiles the kernels
+    "check-mlp": Part(partial(check, "mlp"), 60),
+    "check-head": Part(partial(check, "head"), 60),
+    "check-attention": Part(partial(check, "attention"), 120),
+    "check-replays": Part(partial(check, "replays"), 60),
+    "time-mlp": Part(partial(time_blocks, "mlp"), 90),
+    "time-attention": Part(partial(time_blocks, "attention"), 180),
+    "time-head": Part(partial(time_blocks, "head"), 60),
+    "collectives": Part(reduce_gather, 60),
+    "dsmem": Part(on_chip, 30),
+    "tune": Part(tune_launches, 150),
+    "sanitize": Part(sanitize, 4 * SANITIZER_LIMIT_S + 10, 2 * SANITIZER_LIMIT_S),
 }

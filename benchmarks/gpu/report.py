@@ -94,9 +94,12 @@ def targets(results: dict[str, Any]) -> list[tuple[str, float, float, bool]]:
     return judged
 
 
-def write_json(path: Path, results: dict[str, Any]) -> None:
+def write_json(path: Path, results: Any) -> None:
+    """Whole or not at all: the writer may be killed at any time."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+    beside = path.with_suffix(".new")
+    beside.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+    beside.replace(path)
 
 
 def draw(path: Path, results: dict[str, Any]) -> bool:

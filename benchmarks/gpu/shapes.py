@@ -77,5 +77,8 @@ def floor_us(num_bytes: int, bytes_per_s: float) -> float:
 
 
 def buffer_sets(num_bytes: int, l2_bytes: int) -> int:
-    """How many sets of inputs to rotate through, so that what one run reads has left L2 before it is read again."""
-    return max(1, -(-4 * l2_bytes // num_bytes))
+    """How many sets of inputs to rotate through, so that what one run reads has left L2 before it is read again.
+
+    Weights are read as the first to be evicted, so L2 may keep some of the oldest: many times its size are needed.
+    """
+    return max(1, -(-12 * l2_bytes // num_bytes))

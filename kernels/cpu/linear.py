@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ..cuda.packing import PackedWeight
 from ..errors import KernelArgumentError
 from ..quantized import QuantizedWeight
 from ..stacked import StackedWeight
@@ -49,6 +50,8 @@ def describe_weight(weight: Weight, bias: Tensor | None = None) -> LinearWeight:
     """
     if isinstance(weight, StackedWeight):
         raise KernelArgumentError(f"a weight of {len(weight.parts)} parts where there is room for one")
+    if isinstance(weight, PackedWeight):
+        raise KernelArgumentError("a weight in the order of the GPU's kernels")
     described = _quantized(weight) if isinstance(weight, QuantizedWeight) else _float(weight)
     if bias is not None:
         rows = described.rows

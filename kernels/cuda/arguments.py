@@ -12,7 +12,8 @@ from ..errors import KernelArgumentError
 
 Tensor = torch.Tensor
 BULK_ALIGNMENT = 16  # of bulk copies and 16-byte loads
-MAX_BATCH = 64  # tokens of a call; it may be cut into several launches
+# Tokens of a call, cut into launches of 64: three read the weights as often as unpacking them for cuBLAS would.
+MAX_BATCH = 3 * 64
 
 
 def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:

@@ -153,7 +153,7 @@ def attention_block(
     """The attention block of one new token a sequence; returns as ``ops.attention_block`` does. Changes the cache.
 
     Args:
-        residual, delta: float32[T, H], T at most 64.
+        residual, delta: float32[T, H], T at most ``MAX_BATCH``.
         scale: of the scores.
         eps: of the norms.
         window: tokens that a query sees, itself included; 0 for all.

@@ -1,30 +1,34 @@
 """Which calls of the ops a fused block takes, and how they are handed over.
 
-A block takes float (not quantised) bfloat16 weights on a Hopper GPU, at most ``MAX_BATCH`` tokens, and for attention
-one new token a sequence. Everything else is torch's.
+A block takes packed weights, at most ``MAX_BATCH`` tokens, and for attention one new token a sequence. Weights are
+packed when a model is loaded, if they are bfloat16 on a Hopper GPU, and exist in that form only: for everything else,
+prompts first of all, torch unpacks a layer's weight into memory that the next layer takes again.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import torch
 
+from ..errors import KernelArgumentError
 from ..reference.attention_plan import AttentionPlan
+from ..stacked import StackedWeight
 from ..types import AttentionSpec, AttentionWeights, MlpWeights, Weight, float_weight
 from .arguments import MAX_BATCH
 from .attention import HEAD_DIMS, MIN_BLOCK_SIZE
 from .launcher import CAPABILITY
 from .library import native_library
 from .ops import OPERATORS
-from .weights import packed_attention, packed_mlp, packed_table
+from .packing import STEP_COLS, UNIT_ROWS, PackedWeight
 
 Tensor = torch.Tensor
 
 
 def takes_mlp_block(residual: Tensor, weights: MlpWeights) -> bool:
     """Whether ``mlp_block`` below computes this."""
-    return _takes(residual) and _dense(weights.gate_up) and _dense(weights.down)
+    return residual.shape[0] <= MAX_BATCH and _packed(weights.gate_up) and _packed(weights.down)
 
 
 def takes_attention_block(
@@ -33,32 +37,31 @@ def takes_attention_block(
     """Whether ``attention_block`` below computes this."""
     size = plan.geometry.block_size
     return (
-        _takes(residual)
+        residual.shape[0] <= MAX_BATCH
         and plan.step.max_query_len == 1
         and spec.head_dim in HEAD_DIMS
         and size >= MIN_BLOCK_SIZE
         and size & (size - 1) == 0
         and kv_layer.dtype == torch.bfloat16
-        and _dense(weights.qkv)
-        and _dense(weights.out)
+        and _packed(weights.qkv)
+        and _packed(weights.out)
     )
 
 
-def takes_head(residual: Tensor, weight: Weight, rows: Tensor) -> bool:
+def takes_head(weight: Weight, rows: Tensor) -> bool:
     """Whether ``head`` below computes this."""
-    return _usable(residual.device) and 0 < rows.shape[0] <= MAX_BATCH and _dense(weight)
+    return 0 < rows.shape[0] <= MAX_BATCH and _packed(weight)
 
 
 def mlp_block(residual: Tensor, delta: Tensor | None, weights: MlpWeights, eps: float) -> tuple[Tensor, Tensor]:
     """See ``ops.mlp_block``."""
-    packed = packed_mlp(weights)
     result: tuple[Tensor, Tensor] = OPERATORS.mlp_block(
         residual,
         _float32(delta),
         weights.norm,
-        packed.gate_up,
+        _data(weights.gate_up),
         weights.gate_up_bias,
-        packed.down,
+        _data(weights.down),
         weights.down_bias,
         eps,
     )
@@ -75,16 +78,15 @@ def attention_block(
     plan: AttentionPlan,
 ) -> tuple[Tensor, Tensor]:
     """See ``ops.attention_block``."""
-    packed = packed_attention(weights, spec.head_dim)
     result: tuple[Tensor, Tensor] = OPERATORS.attention_block(
         residual,
         _float32(delta),
         weights.norm,
-        packed.qkv,
+        _data(weights.qkv),
         weights.qkv_bias,
         weights.q_norm,
         weights.k_norm,
-        packed.out,
+        _data(weights.out),
         weights.out_bias,
         *rotary,
         kv_layer,
@@ -101,9 +103,8 @@ def head(
     residual: Tensor, delta: Tensor | None, norm: Tensor, weight: Weight, logits_indices: Tensor, eps: float
 ) -> Tensor:
     """See ``ops.head``."""
-    table = packed_table(float_weight(weight))
     result: Tensor = OPERATORS.head_logits(
-        residual, _float32(delta), norm, table, weight.shape[0], logits_indices, eps
+        residual, _float32(delta), norm, _data(weight), weight.shape[0], logits_indices, eps
     )
     return result
 
@@ -118,30 +119,34 @@ def head_candidates(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """See ``ops.head_candidates``."""
-    table = packed_table(float_weight(weight))
     result: tuple[Tensor, Tensor] = OPERATORS.head_candidates(
-        residual, _float32(delta), norm, table, weight.shape[0], logits_indices, num_candidates, eps
+        residual, _float32(delta), norm, _data(weight), weight.shape[0], logits_indices, num_candidates, eps
     )
     return result
 
 
-def prepare(attention: AttentionWeights, mlp: MlpWeights, spec: AttentionSpec) -> None:
-    """Pack a layer's weights now, if fused blocks will take them: before memory is counted for the KV cache."""
-    if _usable(attention.norm.device):
-        if _dense(attention.qkv) and _dense(attention.out) and spec.head_dim in HEAD_DIMS:
-            packed_attention(attention, spec.head_dim)
-        if _dense(mlp.gate_up) and _dense(mlp.down):
-            packed_mlp(mlp)
+def prepare_attention(weights: AttentionWeights, spec: AttentionSpec) -> AttentionWeights:
+    """See ``ops.prepare_attention``."""
+    if spec.head_dim not in HEAD_DIMS or not (_packable(weights.qkv) and _packable(weights.out)):
+        return weights
+    return replace(weights, qkv=_pack(weights.qkv, spec.head_dim), out=_pack(weights.out))
 
 
-def prepare_head(weight: Weight) -> None:
-    """Likewise for a head's table."""
-    if isinstance(weight, Tensor) and _usable(weight.device) and _dense(weight):
-        packed_table(weight)
+def prepare_mlp(weights: MlpWeights) -> MlpWeights:
+    """See ``ops.prepare_mlp``."""
+    gate_up, down = weights.gate_up, weights.down
+    if (
+        not (_packable(gate_up) and _packable(down))
+        or gate_up.shape[0] % (2 * UNIT_ROWS)
+        or down.shape[0] % UNIT_ROWS
+    ):
+        return weights
+    return replace(weights, gate_up=_pack(gate_up, gate_up.shape[0]), down=_pack(down))
 
 
-def _takes(residual: Tensor) -> bool:
-    return _usable(residual.device) and residual.shape[0] <= MAX_BATCH
+def prepare_head(weight: Weight, *, keep: bool) -> Weight:
+    """See ``ops.prepare_head``."""
+    return _pack(weight, keep=keep) if _packable(weight) else weight
 
 
 @cache
@@ -154,14 +159,33 @@ def _usable(device: torch.device) -> bool:
     )
 
 
-def _dense(weight: Weight) -> bool:
-    """A weight that packs into whole units and slices."""
+def _packable(weight: Weight) -> bool:
+    """A weight that packs into whole slices, on a GPU that has kernels for it."""
     return (
-        isinstance(weight, Tensor)
+        isinstance(weight, Tensor | StackedWeight)
         and weight.dtype == torch.bfloat16
-        and weight.shape[1] % 32 == 0
-        and weight.is_contiguous()
+        and weight.shape[1] % (2 * STEP_COLS) == 0
+        and _usable(weight.device)
     )
+
+
+def _pack(weight: Weight, group_rows: int = UNIT_ROWS, *, keep: bool = False) -> PackedWeight:
+    """Waits for the packing: a block begins to read weights before the kernel ahead of it has ended."""
+    packed = PackedWeight.of(float_weight(weight).contiguous(), group_rows, keep=keep)
+    if packed.device.type == "cuda":
+        torch.cuda.synchronize(packed.device)
+    return packed
+
+
+def _packed(weight: Weight) -> bool:
+    return isinstance(weight, PackedWeight)
+
+
+def _data(weight: Weight) -> Tensor:
+    """What the kernels read; the caller has asked whether a block takes the weight."""
+    if not isinstance(weight, PackedWeight):
+        raise KernelArgumentError(f"a fused block takes packed weights, not {type(weight).__name__}")
+    return weight.data
 
 
 def _float32(delta: Tensor | None) -> Tensor | None:

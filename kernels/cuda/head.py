@@ -66,7 +66,7 @@ def head_logits(
     rows: Tensor,
     eps: float,
 ) -> Tensor:
-    """float32[S, vocab], the logits of rows ``rows`` int64[S], S at most 64.
+    """float32[S, vocab], the logits of rows ``rows`` int64[S], S at most ``MAX_BATCH``.
 
     Args:
         residual, delta: float32[T, H].

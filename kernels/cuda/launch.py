@@ -2,7 +2,7 @@
 
 The cluster size decides the order of sums, so it depends on a layer's shape only, never on the batch: a row keeps its
 bits. A batch that does not fit at that size is run in parts. Everything else is free, and chosen by a model of the
-memory's latency and bandwidth.
+memory's latency and bandwidth, unless a table of measured launches (choices.py) has the shape.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import KernelArgumentError, LaunchError
+from .choices import LaunchTable
 from .layout import MAX_SHARED_BYTES, MULTIPROCESSOR_SHARED_BYTES, RESERVED_SHARED_BYTES, tiles, units_of
 from .library import CudaLibrary
 
@@ -66,26 +67,31 @@ class Problem:
         return (self.name, *self.dims)
 
 
-def plan_launch(library: CudaLibrary, problem: Problem, batch: int) -> Launch:
-    """Choose for a batch on the current device.
+def plan_launch(library: CudaLibrary, problem: Problem, batch: int, table: LaunchTable) -> Launch:
+    """Choose for a batch on the current device, from the table if the device can run what it says.
 
     Raises:
         KernelArgumentError: the block fits in no way, even for one token.
         LaunchError: the device cannot run it.
     """
-    cluster, max_batch = _choose_cluster(library, problem)
+    choice = table.find(problem.name, problem.phases)
+    cluster, max_batch = choose_cluster(library, problem, CLUSTERS if choice is None else (choice.cluster,))
     taken, budget = min(batch, max_batch), HALF_SHARED_BYTES
-    stages = _most_stages(library, problem, taken, cluster, budget)
+    spread = None if choice is None else choice.spread(taken)
+    if spread is not None:
+        budget = spread.max_shared_bytes
+        resident = resident_clusters(library, problem, taken, cluster, spread.stages, budget)
+        if spread.num_clusters <= resident:
+            return Launch(cluster, spread.num_clusters, spread.stages, budget, max_batch, resident)
+        budget = HALF_SHARED_BYTES
+    stages = most_stages(library, problem, taken, cluster, budget)
     if stages < MIN_STAGES:
         budget = MAX_SHARED_BYTES
-        stages = _most_stages(library, problem, taken, cluster, budget)
-    resident = _limits(library, problem, taken, cluster, stages, budget).max_clusters
+        stages = most_stages(library, problem, taken, cluster, budget)
+    resident = resident_clusters(library, problem, taken, cluster, stages, budget)
     if resident < 1:
         raise LaunchError(f"fl_cuda_{problem.name}: no cluster of {cluster} CTAs fits this device")
-    num_clusters = min(
-        range(max(1, resident // 2), resident + 1),
-        key=lambda clusters: predicted_s(problem.phases, clusters, cluster, stages),
-    )
+    num_clusters = balanced_clusters(problem, resident, cluster, stages)
     return Launch(cluster, num_clusters, stages, budget, max_batch, resident)
 
 
@@ -120,24 +126,39 @@ def shared_bytes(
     return found or MAX_SHARED_BYTES + 1
 
 
-def _choose_cluster(library: CudaLibrary, problem: Problem) -> tuple[int, int]:
+def choose_cluster(library: CudaLibrary, problem: Problem, clusters: Sequence[int] = CLUSTERS) -> tuple[int, int]:
     """The cluster size of a shape, and the largest power of two of tokens that fits with it."""
     batch = tiles()["MAX_BATCH"]
     while batch:
-        for cluster in CLUSTERS:
+        for cluster in clusters:
             if shared_bytes(library, problem, batch, cluster, MIN_STAGES) <= MAX_SHARED_BYTES:
                 return cluster, batch
         batch //= 2
     raise KernelArgumentError(f"{problem.name}: weights {problem.phases} fit no cluster")
 
 
-def _most_stages(library: CudaLibrary, problem: Problem, batch: int, cluster: int, budget: int) -> int:
+def most_stages(library: CudaLibrary, problem: Problem, batch: int, cluster: int, budget: int) -> int:
+    """That a CTA with so much shared memory has room for; 0 if it does not fit at all."""
     fitting = (
         stages
         for stages in range(tiles()["MAX_STAGES"], 0, -1)
         if shared_bytes(library, problem, batch, cluster, stages, budget) <= budget
     )
     return next(fitting, 0)
+
+
+def resident_clusters(
+    library: CudaLibrary, problem: Problem, batch: int, cluster: int, stages: int, budget: int
+) -> int:
+    """How many clusters the current device runs at once."""
+    found: int = _limits(library, problem, batch, cluster, stages, budget).max_clusters
+    return found
+
+
+def balanced_clusters(problem: Problem, resident: int, cluster: int, stages: int) -> int:
+    """The number of clusters, of those that are resident at once, that the model finds fastest."""
+    counts = range(max(1, resident // 2), resident + 1)
+    return min(counts, key=lambda clusters: predicted_s(problem.phases, clusters, cluster, stages))
 
 
 def _limits(

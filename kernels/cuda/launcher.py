@@ -13,6 +13,7 @@ from functools import cache
 import torch
 
 from ..errors import LaunchError
+from .choices import LaunchTable, default_table
 from .launch import Launch, Problem, Scratch, plan_launch
 from .library import CudaLibrary, load_library
 
@@ -22,10 +23,15 @@ MAX_PLANS = 4096
 
 
 class Launcher:
-    """Launches the kernels of one library; holds what was chosen and allocated for them."""
+    """Launches the kernels of one library; holds what was chosen and allocated for them.
 
-    def __init__(self, library: CudaLibrary) -> None:
+    Args:
+        table: launches that are not left to the model.
+    """
+
+    def __init__(self, library: CudaLibrary, table: LaunchTable) -> None:
         self.library = library
+        self._table = table
         self._scratch = Scratch()
         self._plans: dict[tuple[object, ...], tuple[Launch, int]] = {}
         self._last: dict[torch.device, torch.cuda.Stream] = {}
@@ -70,7 +76,7 @@ class Launcher:
             if torch.cuda.get_device_capability(device) != CAPABILITY:
                 raise LaunchError(f"{torch.cuda.get_device_name(device)} is not a Hopper GPU")
             with _on(device):
-                plan = plan_launch(self.library, problem, batch)
+                plan = plan_launch(self.library, problem, batch, self._table)
             # The largest batch of one launch, so that scratch memory is allocated once.
             sized = self._arguments(problem, plan.max_batch, plan)
             found = plan, self.library.call(f"fl_cuda_{problem.name}_workspace", ctypes.byref(sized))
@@ -97,8 +103,9 @@ def default_launcher() -> Launcher:
 
     Raises:
         BuildError: there is none.
+        LaunchError: the table of launches that the environment names cannot be read.
     """
-    return Launcher(load_library())
+    return Launcher(load_library(), default_table())
 
 
 def set_pointers(args: ctypes.Structure, **tensors: Tensor | None) -> None:

@@ -61,7 +61,7 @@ def mlp_block(
     """RMSNorm of ``residual + delta``, gate and up, SwiGLU, down; returns as ``ops.mlp_block`` does.
 
     Args:
-        residual, delta: float32[T, H], T at most 64.
+        residual, delta: float32[T, H], T at most ``MAX_BATCH``.
         gate_up: packed [2 * I, H], gate and up interleaved.
         down: packed [H, I].
         norm, gate_up_bias, down_bias: bfloat16, as in ``MlpWeights``.

@@ -17,8 +17,7 @@ from ..types import AttentionSpec, AttentionWeights, MlpWeights, StepMetadata
 from . import attention, head, mlp
 from .attention import AttentionTensors
 from .launcher import default_launcher
-from .packing import unpack
-from .weights import PackedAttention, PackedMlp, unpack_attention, unpack_mlp
+from .packing import UNIT_ROWS, unpack
 
 Tensor = torch.Tensor
 
@@ -44,8 +43,9 @@ def _mlp_cuda(residual: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 def _mlp_cpu(residual: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     delta, norm, gate_up, gate_up_bias, down, down_bias, eps = rest
     mlp.check_mlp(residual, delta, norm, gate_up, gate_up_bias, down, down_bias)
-    rows = unpack_mlp(PackedMlp(gate_up, down))
-    weights = MlpWeights(norm, rows.gate_up, rows.down, gate_up_bias, down_bias)
+    num_rows = gate_up.shape[0] * UNIT_ROWS
+    gate_up = unpack(gate_up, num_rows, group_rows=num_rows)
+    weights = MlpWeights(norm, gate_up, unpack(down, residual.shape[1]), gate_up_bias, down_bias)
     total, out = blocks.mlp_block(residual, delta, weights, eps)
     return _fresh(total, residual), out.float()
 
@@ -63,9 +63,10 @@ def _attention_cpu(residual: Tensor, delta: Tensor | None, *rest: Any) -> tuple[
     attention.check_attention(residual, delta, tensors, window)
     kv = tensors.kv
     spec = AttentionSpec(tensors.num_heads, kv.shape[2], kv.shape[4], scale, eps, window or None)
-    rows = unpack_attention(PackedAttention(tensors.qkv, tensors.out), spec)
+    qkv = unpack(tensors.qkv, tensors.qkv.shape[0] * UNIT_ROWS, group_rows=spec.head_dim)
+    out = unpack(tensors.out, residual.shape[1])
     weights = AttentionWeights(
-        tensors.norm, rows.qkv, rows.out, tensors.qkv_bias, tensors.q_norm, tensors.k_norm, tensors.out_bias
+        tensors.norm, qkv, out, tensors.qkv_bias, tensors.q_norm, tensors.k_norm, tensors.out_bias
     )
     step = _decode_step(tensors.block_tables, tensors.context_lens, kv.shape[3])
     plan = attention_plan.plan_attention(step, KvGeometry.of(kv), [spec.sliding_window], kv.dtype)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from ..quantized import QuantizedWeight
 from ..stacked import StackedWeight
-from ..types import Weight
+from ..types import Weight, float_weight
 from . import quantized
 
 Tensor = torch.Tensor
@@ -46,7 +46,7 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         return quantized.linear(x, weight, bias).to(x.dtype)
     if isinstance(weight, StackedWeight):
         return torch.cat([F.linear(x, *part) for part in zip(weight.parts, weight.split(bias), strict=True)], -1)
-    return F.linear(x, weight, bias)
+    return F.linear(x, float_weight(weight), bias)
 
 
 def rotary_cos_sin(positions: Tensor, inv_freq: Tensor, scaling: float) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ the last one left or to send KV on its way.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -106,14 +107,10 @@ class BlockProgram:
 
     def __init__(self, config: DecoderConfig, weights: DecoderWeights, rotary: RotaryEmbedding) -> None:
         self._config = config
-        self._weights = weights
+        self._weights = _prepared(weights)
         self._rotary = rotary
         self._windows = frozenset(layer.spec.sliding_window for layer in weights.layers)
         self._dtype = weights.layers[0].attention.norm.dtype
-        for layer in weights.layers:
-            ops.prepare_layer(layer.attention, layer.mlp, layer.spec)
-        if weights.head is not None:
-            ops.prepare_head(weights.head)
         # The step under way.
         self._batch: ForwardBatch
         self._kv_cache: Tensor
@@ -174,3 +171,15 @@ class BlockProgram:
             self._batch.logits_indices,
             self._config.rms_norm_eps,
         )
+
+
+def _prepared(weights: DecoderWeights) -> DecoderWeights:
+    """In the form that the ops are fastest with. They may take the memory of those given, but for the embedding."""
+    layers = tuple(
+        replace(layer, attention=ops.prepare_attention(layer.attention, layer.spec), mlp=ops.prepare_mlp(layer.mlp))
+        for layer in weights.layers
+    )
+    head = weights.head
+    if head is not None:
+        head = ops.prepare_head(head, keep=head is weights.embedding)
+    return replace(weights, layers=layers, head=head)

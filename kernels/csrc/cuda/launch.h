@@ -1,6 +1,7 @@
 // Launching a kernel that takes one struct, with a cluster shape and, if wanted, before the kernel ahead has ended.
 #pragma once
 
+#include "linear_tiles.h"
 #include "ptx.cuh"
 
 namespace fuseline {
@@ -28,10 +29,17 @@ inline const char* error_name(int error) {
     return cudaGetErrorName(static_cast<cudaError_t>(error));
 }
 
+// What a kernel may have, the same at every launch, so that threads which launch different shapes do not take it from
+// one another. All of a multiprocessor's memory is shared memory from the start: the split cannot change while a CTA is
+// there, and the next kernel's CTA is to come beside it.
 template <class Args>
 int allow(void (*kernel)(Args), const LaunchShape& shape) {
     const void* function = reinterpret_cast<const void*>(kernel);
-    cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes);
+    cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, MAX_SHARED_BYTES);
+    if (error == cudaSuccess) {
+        error = cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                     cudaSharedmemCarveoutMaxShared);
+    }
     if (error == cudaSuccess && shape.cluster > 8) {
         error = cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     }

@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,12 @@ import pytest
 import torch
 
 import fuseline
-from fuseline.benchmarks.gpu import cases, correctness, oracle, report, shapes, suite
+from fuseline.benchmarks.gpu import baselines, cases, correctness, oracle, part, parts, report, shapes, suite, watch
+from fuseline.benchmarks.gpu.blocks import Bench
+from fuseline.benchmarks.gpu.device import CpuDevice
 from fuseline.benchmarks.gpu.inputs import context_rows, decode_step
 from fuseline.kernels import ops
+from fuseline.kernels.errors import LaunchError
 
 CPU = torch.device("cpu")
 LLAMA_2, LLAMA_3, _, QWEN_3 = shapes.SHAPES
@@ -44,7 +47,7 @@ def test_weights_are_those_of_the_models() -> None:
 
 
 def test_buffers_rotate_until_l2_has_forgotten() -> None:
-    assert shapes.buffer_sets(12_582_912, 60 << 20) == 20
+    assert shapes.buffer_sets(12_582_912, 60 << 20) == 60
     assert shapes.buffer_sets(1 << 40, 60 << 20) == 1
 
 
@@ -165,11 +168,11 @@ def test_tables_line_up() -> None:
 
 
 def test_parts_are_selectable_and_run_in_order() -> None:
-    assert suite.parse(["--parts", "blocks,environment"]).parts == ("environment", "blocks")
-    with pytest.raises(SystemExit):
-        suite.parse(["--parts", "everything"])
-    with pytest.raises(SystemExit):
-        suite.parse(["--parts", ""])
+    assert suite.parse(["--parts", "time-head,environment"]).parts == ("environment", "time-head")
+    assert suite.parse(["--parts", "time"]).parts == ("time-mlp", "time-attention", "time-head")
+    for wrong in ("everything", "time,mlp", ""):
+        with pytest.raises(SystemExit):
+            suite.parse(["--parts", wrong])
 
 
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,29 +182,113 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatc
 
 
 def test_a_run_writes_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--device", "cpu", "--parts", "environment,blocks", "--out", str(tmp_path)]
-    assert suite.main(options) == 0
+    """In a process of its own, as on a GPU."""
+    assert suite.main(["--device", "cpu", "--parts", "time-mlp", "--out", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "gpu.json").read_text())
-    assert {"date", "commit", "environment", "blocks", "seconds", "wrong"} <= results.keys()
-    assert {row["block"] for row in results["blocks"]} == {"mlp", "head", "attention", "layer"}
+    assert {"date", "commit", "blocks", "seconds", "wrong", "failed", "skipped"} <= results.keys()
+    assert [(row["block"], row["batch"]) for row in results["blocks"]] == [("mlp", 1), ("mlp", 2)]
     assert results["blocks"][0]["over_floor"] == pytest.approx(
         results["blocks"][0]["us"] / results["blocks"][0]["floor_us"]
     )
     assert capsys.readouterr().out.endswith("no wrong result\n")
 
 
+def test_blocks_and_layers_are_timed(tmp_path: Path) -> None:
+    part.run("time-attention", tmp_path / "found.json", "cpu")
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert {(row["block"], row["batch"], row["context"]) for row in found["result"]} == {
+        (block, batch, 32) for block in ("attention", "layer") for batch in (1, 2)
+    }
+
+
+def test_a_baseline_that_does_not_run_leaves_our_own_figure(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("no Triton here")
+
+    monkeypatch.setattr(baselines.Pipeline, "mlp_block", refuse)
+    bench = Bench(cases.TINY, CpuDevice(), 1e9, baselines.elementwise(CPU))
+    (mlp,) = bench.mlp(1)
+    attention, layer = bench.attention(1, 32)
+    assert mlp.us > 0
+    assert layer.us > 0
+    assert (mlp.others_us, layer.others_us, mlp.speedup) == ({}, {}, None)
+    assert attention.others_us
+    assert "torch does not run: no Triton here" in capsys.readouterr().out
+
+
+def as_ended(endings: Mapping[str, tuple[dict[str, Any] | None, str]]) -> Callable[..., watch.Outcome]:
+    """Stands in for processes: what each part leaves in its file, and how it ends."""
+
+    def run_watched(command: list[str], *_: Any) -> watch.Outcome:
+        found, problem = endings[command[command.index("benchmarks.gpu.part") + 1]]
+        if found is not None:
+            Path(command[command.index("--file") + 1]).write_text(json.dumps(found))
+        return watch.Outcome(None if problem else 0, problem, "the last case")
+
+    return run_watched
+
+
+def found(result: Any, wrong: tuple[str, ...] = ()) -> dict[str, Any]:
+    return {"result": result, "wrong": list(wrong), "failed": []}
+
+
+def test_a_part_that_hangs_keeps_its_results_and_stops_no_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endings = {
+        "check-mlp": (None, "ended by SIGSEGV"),
+        "time-mlp": (found([figure()]), "no output for 45 s"),
+        "time-head": (found([figure(block="head")]), ""),
+    }
+    monkeypatch.setattr(suite, "run_watched", as_ended(endings))
+    options = ["--device", "cpu", "--parts", ",".join(endings), "--out", str(tmp_path)]
+    assert suite.main(options) == suite.INCOMPLETE
+    results = json.loads((tmp_path / "gpu.json").read_text())
+    assert [row["block"] for row in results["blocks"]] == ["mlp", "head"]
+    assert results["check-mlp"] is None
+    printed = capsys.readouterr().out
+    assert "FAILED time-mlp: no output for 45 s; its last words: the last case" in printed
+    assert "FAILED check-mlp: ended by SIGSEGV" in printed
+
+
 def test_a_wrong_result_is_the_exit_code(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(correctness, "check_all", lambda device, tiny: correctness.Checks(3, ["rotary is off"]))
-    assert suite.main(["--device", "cpu", "--parts", "correctness", "--out", str(tmp_path)]) == 1
+    endings = {"check-mlp": (found({}, ("rotary is off",)), ""), "check-head": (found({}), "exit code 1")}
+    monkeypatch.setattr(suite, "run_watched", as_ended(endings))
+    assert suite.main(["--device", "cpu", "--parts", ",".join(endings), "--out", str(tmp_path)]) == suite.WRONG
     assert "WRONG rotary is off" in capsys.readouterr().out
+
+
+def test_without_the_kernels_nothing_else_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite, "run_watched", as_ended({"environment": (None, "exit code 1")}))
+    options = ["--device", "cpu", "--parts", "environment,dsmem", "--out", str(tmp_path)]
+    assert suite.main(options) == suite.INCOMPLETE
+    assert json.loads((tmp_path / "gpu.json").read_text())["skipped"] == ["dsmem"]
 
 
 def test_parts_that_would_begin_too_late_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--device", "cpu", "--parts", "environment", "--limit-s", "-1", "--out", str(tmp_path)]
-    assert suite.main(options) == 0
-    assert "not run for lack of time: environment" in capsys.readouterr().out
+    assert suite.main(options) == suite.INCOMPLETE
+    assert "not run: environment" in capsys.readouterr().out
+
+
+def test_an_error_in_one_case_is_noted_and_the_next_one_runs(tmp_path: Path) -> None:
+    run = parts.Run(CpuDevice(), tiny=True, path=tmp_path / "found.json")
+
+    def refuse() -> None:
+        raise LaunchError("too many resources requested")
+
+    assert run.attempt("first", refuse) is None
+    assert run.attempt("second", lambda: 3) == 3
+    run.keep([3])
+    assert json.loads(run.path.read_text()) == {
+        "result": [3],
+        "wrong": [],
+        "failed": ["first: LaunchError: too many resources requested"],
+    }
 
 
 def test_it_starts_where_fuseline_is_not_installed() -> None:

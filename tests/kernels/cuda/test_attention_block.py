@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fuseline.kernels.cuda.header import read_headers
-from fuseline.kernels.cuda.packing import interleave_halves, pack
+from fuseline.kernels.cuda.packing import UNIT_ROWS, pack
 from fuseline.tests.kernels.cuda.emulation import CUDA, Array, Emulation, aligned, build_kernels, from_bf16, to_bf16
 
 EPS = 1e-5
@@ -129,7 +129,7 @@ def expected(model: Model, row: Row) -> tuple[Array, Array]:
 
 def packed(weight: Array, head_dim: int = 0) -> Array:
     tensor = torch.from_numpy(weight.view(np.int16))
-    result: Array = pack(interleave_halves(tensor, head_dim) if head_dim else tensor).numpy().view(np.uint16)
+    result: Array = pack(tensor, head_dim or UNIT_ROWS).numpy().view(np.uint16)
     return result
 
 

@@ -26,10 +26,10 @@ def problems(library: CudaLibrary, shape: Shape) -> list[Problem]:
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
 def test_every_block_fits_at_one_cluster_size_for_every_batch(cuda_library: CudaLibrary, shape: Shape) -> None:
     for problem in problems(cuda_library, shape):
-        cluster, max_batch = launch._choose_cluster(cuda_library, problem)
+        cluster, max_batch = launch.choose_cluster(cuda_library, problem)
         assert max_batch >= 16, problem.name
         for batch in (1, 3, max_batch):
-            stages = launch._most_stages(cuda_library, problem, batch, cluster, MAX_SHARED_BYTES)
+            stages = launch.most_stages(cuda_library, problem, batch, cluster, MAX_SHARED_BYTES)
             assert stages >= launch.MIN_STAGES
             needed = launch.shared_bytes(cuda_library, problem, batch, cluster, stages)
             assert 0 < needed <= MAX_SHARED_BYTES

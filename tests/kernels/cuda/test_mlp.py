@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fuseline.kernels.cuda.header import read_headers
-from fuseline.kernels.cuda.packing import interleave_halves, pack
+from fuseline.kernels.cuda.packing import UNIT_ROWS, pack
 from fuseline.tests.kernels.cuda.emulation import CUDA, Array, Broken, Emulation, build_kernels, from_bf16, to_bf16
 
 EPS = 1e-5
@@ -46,7 +46,7 @@ class Weights:
 
 def packed(weight: Array, interleave: bool = False) -> Array:
     tensor = torch.from_numpy(weight.view(np.int16))
-    result: Array = pack(interleave_halves(tensor, tensor.shape[0]) if interleave else tensor).numpy().view(np.uint16)
+    result: Array = pack(tensor, tensor.shape[0] if interleave else UNIT_ROWS).numpy().view(np.uint16)
     return result
 
 

@@ -8,16 +8,18 @@ import pytest
 import torch
 
 from fuseline.benchmarks.gpu import cases, correctness
-from fuseline.benchmarks.gpu.inputs import Source
+from fuseline.benchmarks.gpu.inputs import Source, prepared_mlp
 from fuseline.kernels import ops
 from fuseline.kernels.cuda import fused
-from fuseline.kernels.cuda.arguments import check_block_tables
+from fuseline.kernels.cuda.arguments import MAX_BATCH, check_block_tables
 from fuseline.kernels.cuda.attention import AttentionTensors, check_attention
 from fuseline.kernels.cuda.mlp import check_mlp
 from fuseline.kernels.cuda.ops import OPERATORS, SCHEMAS
-from fuseline.kernels.cuda.weights import _packed, packed_attention, packed_mlp, packed_table
+from fuseline.kernels.cuda.packing import PackedWeight, pack
 from fuseline.kernels.errors import KernelArgumentError
+from fuseline.kernels.kv_rows import quantize_rows
 from fuseline.kernels.reference import blocks
+from fuseline.kernels.types import float_weight
 
 CPU = torch.device("cpu")
 SHAPE = cases.TINY
@@ -27,9 +29,9 @@ EPS = 1e-6
 def mlp_arguments(batch: int = 3, bias: bool = True) -> list[Any]:
     source = Source(CPU, 0)
     weights = source.mlp(SHAPE, bias=bias)
-    packed = packed_mlp(weights)
+    gate_up, down = pack(float_weight(weights.gate_up), 2 * SHAPE.inner), pack(float_weight(weights.down))
     stream = [source.stream(batch, SHAPE.hidden) for _ in range(2)]
-    return [*stream, weights.norm, packed.gate_up, weights.gate_up_bias, packed.down, weights.down_bias, EPS]
+    return [*stream, weights.norm, gate_up, weights.gate_up_bias, down, weights.down_bias, EPS]
 
 
 def attention_inputs(**changes: Any) -> correctness.AttentionInputs:
@@ -39,16 +41,15 @@ def attention_inputs(**changes: Any) -> correctness.AttentionInputs:
 
 def attention_arguments(inputs: correctness.AttentionInputs) -> list[Any]:
     weights, spec, step = inputs.layer.attention, inputs.layer.spec, inputs.step
-    packed = packed_attention(weights, spec.head_dim)
     return [
         inputs.residual,
         inputs.delta,
         weights.norm,
-        packed.qkv,
+        pack(float_weight(weights.qkv), spec.head_dim),
         weights.qkv_bias,
         weights.q_norm,
         weights.k_norm,
-        packed.out,
+        pack(float_weight(weights.out)),
         weights.out_bias,
         *inputs.rotary,
         inputs.kv.clone(),
@@ -64,7 +65,7 @@ def head_arguments() -> list[Any]:
     source = Source(CPU, 1)
     weight = source.normal(37, SHAPE.hidden)
     stream = [source.stream(5, SHAPE.hidden) for _ in range(2)]
-    return [*stream, source.normal(SHAPE.hidden), packed_table(weight), 37, torch.tensor([4, 0]), EPS]
+    return [*stream, source.normal(SHAPE.hidden), pack(weight), 37, torch.tensor([4, 0]), EPS]
 
 
 def test_the_mlp_s_twin_is_the_reference() -> None:
@@ -118,16 +119,31 @@ def test_handing_over_gives_what_the_op_gives(monkeypatch: pytest.MonkeyPatch) -
     """All of the way from the op to the operator, whose CPU twin stands in for the kernel."""
     monkeypatch.setattr(fused, "_usable", lambda device: True)
     inputs = attention_inputs(bias=True)
-    assert fused.takes_attention_block(
-        inputs.residual, inputs.layer.attention, inputs.layer.spec, inputs.kv, plan(inputs)
-    )
-    _, delta = inputs.run(inputs.kv.clone(), fused.attention_block)
+    assert fused.takes_attention_block(inputs.residual, inputs.weights, inputs.layer.spec, inputs.kv, plan(inputs))
+    _, delta = inputs.run(inputs.kv.clone())
     assert torch.equal(delta, inputs.run(inputs.kv.clone(), blocks.attention_block)[1].float())
     mlp = inputs.layer.mlp
-    assert fused.takes_mlp_block(inputs.residual, mlp)
+    ready = prepared_mlp(mlp)
+    assert fused.takes_mlp_block(inputs.residual, ready)
     coarse = delta.bfloat16()
-    _, result = fused.mlp_block(inputs.residual, coarse, mlp, EPS)
+    _, result = ops.mlp_block(inputs.residual, coarse, ready, EPS)
     assert torch.equal(result, blocks.mlp_block(inputs.residual, coarse.float(), mlp, EPS)[1].float())
+
+
+def test_what_a_fused_block_does_not_take_is_computed_from_packed_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt of more tokens than a block takes, and logits of all of them: torch unpacks, to the same bits."""
+    monkeypatch.setattr(fused, "_usable", lambda device: True)
+    source = Source(CPU, 5)
+    mlp, residual = source.mlp(SHAPE), source.stream(MAX_BATCH + 1, SHAPE.hidden)
+    ready = prepared_mlp(mlp)
+    assert not fused.takes_mlp_block(residual, ready)
+    total, delta = ops.mlp_block(residual, None, ready, EPS)
+    assert torch.equal(delta, blocks.mlp_block(residual, None, mlp, EPS)[1])
+    norm, table, rows = source.normal(SHAPE.hidden), source.normal(37, SHAPE.hidden), torch.arange(MAX_BATCH + 1)
+    logits = ops.head(total, None, norm, ops.prepare_head(table, keep=False), rows, EPS)
+    assert torch.equal(logits, blocks.head(total, None, norm, table, rows, EPS))
+    with pytest.raises(KernelArgumentError, match="packed weight"):
+        ops.head(total[:, :-16].contiguous(), None, norm[:-16], ops.prepare_head(table, keep=False), rows, EPS)
 
 
 def test_candidates_are_the_best_logits() -> None:
@@ -148,18 +164,24 @@ def test_candidates_are_the_best_logits() -> None:
 
 
 def test_preparing_packs_what_will_be_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = Source(CPU, 0).layer(SHAPE)
+    layer, head_dim = Source(CPU, 0).layer(SHAPE), SHAPE.head_dim
     table = torch.zeros(20, SHAPE.hidden, dtype=torch.bfloat16)
-    ops.prepare_layer(layer.attention, layer.mlp, layer.spec)
-    ops.prepare_head(table)
-    assert not any(weights in _packed for weights in (layer.attention, layer.mlp, table))
+    assert ops.prepare_attention(layer.attention, layer.spec) is layer.attention, "there is no GPU"
+    assert ops.prepare_mlp(layer.mlp) is layer.mlp
+    assert ops.prepare_head(table, keep=False) is table
     monkeypatch.setattr(fused, "_usable", lambda device: True)
-    ops.prepare_layer(layer.attention, layer.mlp, layer.spec)
-    ops.prepare_head(table)
-    assert packed_mlp(layer.mlp) is packed_mlp(layer.mlp)
-    kept = len(_packed)
-    del layer, table
-    assert len(_packed) == kept - 3
+    qkv, gate_up = float_weight(layer.attention.qkv).clone(), float_weight(layer.mlp.gate_up).clone()
+    attention, mlp = ops.prepare_attention(layer.attention, layer.spec), ops.prepare_mlp(layer.mlp)
+    attention.check(layer.spec)
+    mlp.check()
+    for packed, rows, group_rows in ((attention.qkv, qkv, head_dim), (mlp.gate_up, gate_up, 2 * SHAPE.inner)):
+        assert isinstance(packed, PackedWeight)
+        assert packed.group_rows == group_rows
+        assert torch.equal(packed.unpack(), rows)
+    exact = replace(layer.mlp, down=layer.mlp.down.float())  # type: ignore[union-attr]
+    assert ops.prepare_mlp(exact) is exact
+    odd = replace(layer.spec, head_dim=96)
+    assert ops.prepare_attention(layer.attention, odd) is layer.attention
 
 
 def plan(inputs: correctness.AttentionInputs) -> ops.AttentionPlan:
@@ -167,27 +189,28 @@ def plan(inputs: correctness.AttentionInputs) -> ops.AttentionPlan:
 
 
 def test_what_no_fused_block_takes_stays_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = attention_inputs()
-    layer, step = inputs.layer, inputs.step
-    assert not fused.takes_mlp_block(inputs.residual, layer.mlp), "there is no GPU"
+    assert not fused.takes_mlp_block(torch.zeros(1, SHAPE.hidden), Source(CPU, 0).mlp(SHAPE)), "there is no GPU"
     monkeypatch.setattr(fused, "_usable", lambda device: True)
-    assert not fused.takes_mlp_block(inputs.residual.new_zeros(65, SHAPE.hidden), layer.mlp)
-    exact = replace(layer.mlp, down=layer.mlp.down.float())  # type: ignore[union-attr]
-    assert not fused.takes_mlp_block(inputs.residual, exact)
+    inputs = attention_inputs()
+    layer, step, mlp = inputs.layer, inputs.step, prepared_mlp(inputs.layer.mlp)
+    assert fused.takes_mlp_block(inputs.residual, mlp)
+    assert not fused.takes_mlp_block(inputs.residual.new_zeros(MAX_BATCH + 1, SHAPE.hidden), mlp)
 
     def takes(**changes: Any) -> bool:
         chosen: dict[str, Any] = {"spec": layer.spec, "kv": inputs.kv, "plan": plan(inputs), **changes}
         return fused.takes_attention_block(
-            inputs.residual, layer.attention, chosen["spec"], chosen["kv"], chosen["plan"]
+            inputs.residual, inputs.weights, chosen["spec"], chosen["kv"], chosen["plan"]
         )
 
     assert takes()
     assert not takes(spec=replace(layer.spec, head_dim=96))
     assert not takes(kv=inputs.kv.float())
+    assert not takes(kv=quantize_rows(inputs.kv))
     assert not takes(plan=replace(plan(inputs), step=replace(step, max_query_len=2)))
     assert not takes(plan=replace(plan(inputs), geometry=replace(plan(inputs).geometry, block_size=24)))
-    assert fused.takes_head(inputs.residual, torch.zeros(40, SHAPE.hidden, dtype=torch.bfloat16), torch.zeros(3))
-    assert not fused.takes_head(inputs.residual, torch.zeros(40, SHAPE.hidden), torch.zeros(3))
+    table = torch.zeros(40, SHAPE.hidden, dtype=torch.bfloat16)
+    assert fused.takes_head(ops.prepare_head(table, keep=True), torch.zeros(3))
+    assert not fused.takes_head(table, torch.zeros(3))
 
 
 def unaligned(tensor: torch.Tensor) -> torch.Tensor:
@@ -204,8 +227,8 @@ def elsewhere(tensor: torch.Tensor) -> torch.Tensor:
 
 SPOILED: list[tuple[int, Callable[[torch.Tensor], Any], str]] = [
     (0, lambda residual: residual.bfloat16(), "residual must be"),
-    (0, lambda residual: residual.new_zeros(65, SHAPE.hidden), "1 to 64"),
-    (0, lambda residual: residual[0], "1 to 64"),
+    (0, lambda residual: residual.new_zeros(MAX_BATCH + 1, SHAPE.hidden), "1 to 192"),
+    (0, lambda residual: residual[0], "1 to 192"),
     (0, strided, "contiguous"),
     (0, unaligned, "multiple of 16 bytes"),
     (1, lambda delta: delta[:1], "delta must be"),
@@ -253,6 +276,7 @@ def test_mlp_weights_that_do_not_fit_are_refused(
         (10, lambda sin: sin.double(), "sin must be"),
         (11, lambda kv: kv[:1], "kv must be"),
         (11, lambda kv: kv.float(), "kv must be"),
+        (11, quantize_rows, "kv must be .*bfloat16 on cpu, got .*int8"),
         (11, lambda kv: kv[..., :32], "kv must be"),
         (11, lambda kv: kv[:, :, :, ::2], "kv must be contiguous"),
         (11, lambda kv: kv[:, :, :, :12].contiguous(), "power of two"),
@@ -276,7 +300,7 @@ def test_attention_arguments_that_do_not_fit_are_refused(
         (3, lambda weight: weight[:-1], "weight must be"),
         (4, lambda vocab: 0, "not possible"),
         (5, lambda rows: rows.int(), "rows must be"),
-        (5, lambda rows: rows.expand(33, 2).reshape(-1), "1 to 64"),
+        (5, lambda rows: rows.repeat(MAX_BATCH), "1 to 192"),
     ],
 )
 def test_head_arguments_that_do_not_fit_are_refused(

@@ -10,7 +10,7 @@ from fuseline.kernels.errors import KernelArgumentError
 
 
 def numbered(rows: int, cols: int) -> torch.Tensor:
-    return torch.arange(rows * cols).view(rows, cols)
+    return torch.arange(rows * cols, dtype=torch.int16).view(rows, cols)
 
 
 def test_each_lane_finds_its_fragment_s_registers() -> None:
@@ -39,8 +39,9 @@ def test_unpacking_gives_the_weight_back(rows: int, steps: int) -> None:
 @pytest.mark.parametrize(("rows", "group_rows"), [(48, 48), (256, 64), (384, 128)])
 def test_halves_of_a_group_are_rows_g_and_g_plus_8_of_units(rows: int, group_rows: int) -> None:
     weight = numbered(rows, 16)
-    interleaved = packing.interleave_halves(weight, group_rows)
-    assert torch.equal(packing.separate_halves(interleaved, group_rows), weight)
+    packed = packing.pack(weight, group_rows)
+    assert torch.equal(packing.unpack(packed, rows, group_rows), weight)
+    interleaved = packing.unpack(packed, rows)
     for group in range(0, rows, group_rows):
         for element in range(group_rows // 2):
             row = group + 16 * (element // 8) + element % 8
@@ -50,7 +51,24 @@ def test_halves_of_a_group_are_rows_g_and_g_plus_8_of_units(rows: int, group_row
 
 def test_shapes_that_do_not_divide_are_refused() -> None:
     with pytest.raises(KernelArgumentError, match="multiple"):
-        packing.pack(torch.zeros(16, 24))
+        packing.pack(numbered(16, 24))
     for rows, group_rows in ((24, 24), (48, 32)):
         with pytest.raises(KernelArgumentError, match="groups"):
-            packing.interleave_halves(torch.zeros(rows, 16), group_rows)
+            packing.pack(numbered(rows, 16), group_rows)
+
+
+def test_a_packed_weight_takes_the_memory_of_the_rows() -> None:
+    weight = numbered(32, 48)
+    rows = weight.clone()
+    packed = packing.PackedWeight.of(weight, 32)
+    assert packed.data.data_ptr() == weight.data_ptr()
+    assert torch.equal(packed.unpack(), rows)
+    assert (packed.shape, packed.dtype, packed.device) == ((32, 48), torch.int16, weight.device)
+
+
+@pytest.mark.parametrize(("rows", "keep"), [(32, True), (37, False)])
+def test_a_packed_weight_leaves_rows_alone_that_others_use_or_that_are_too_few(rows: int, keep: bool) -> None:
+    weight = numbered(rows, 16)
+    packed = packing.PackedWeight.of(weight, keep=keep)
+    assert torch.equal(weight, numbered(rows, 16))
+    assert torch.equal(packed.unpack(), weight)

@@ -1,0 +1,45 @@
+"""A decoder whose weights are packed for the GPU's blocks computes what it computes from rows, to the bit.
+
+The blocks' reference twins stand in for the kernels, so that all but the kernels themselves runs here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fuseline.kernels.cuda import fused
+from fuseline.kernels.cuda.packing import PackedWeight
+from fuseline.tests.checkpoints import build_model, write_checkpoint
+from fuseline.tests.workers.models.driver import run_group
+from fuseline.tests.workers.models.test_families import tokens
+from fuseline.workers.models import program
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_packed_weights_give_the_same_bits(tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts longer and shorter than a block takes, and single tokens."""
+    monkeypatch.setattr(program, "native_library", lambda: None)
+    write_checkpoint(
+        tmp_path,
+        build_model("llama", 3, tie_word_embeddings=tied, head_dim=64),
+        dtype=torch.bfloat16,
+    )
+    prompts = [tokens(i, length) for i, length in enumerate((210, 20, 1))]
+    results, packed = [], []
+    pack = PackedWeight.of
+
+    def counted(weight: torch.Tensor, group_rows: int = 16, *, keep: bool = False) -> PackedWeight:
+        packed.append((tuple(weight.shape), keep))
+        return pack(weight, group_rows, keep=True)  # the checkpoint is mapped: its pages cannot be written
+
+    monkeypatch.setattr(PackedWeight, "of", counted)
+    for usable in (False, True):
+        monkeypatch.setattr(fused, "_usable", lambda device, usable=usable: usable)
+        with run_group(tmp_path, dtype="bfloat16", block_size=16) as driver:
+            results.append(driver.greedy(prompts, 6))
+    assert results[0] == results[1]
+    assert sum(keep for _, keep in packed) == tied
+    assert len(packed) > 4
