@@ -17,7 +17,8 @@ constexpr int MAX_CLUSTER = 8;
 constexpr int MAX_STAGES = 12;
 constexpr int MAX_SHARED_BYTES = 232448; // of a CTA on Hopper
 
-constexpr int MLP_MAX_REGISTERS = 128;
+// What a CTA of the attention block leaves of a multiprocessor's: each block fills its rings beside the other's end.
+constexpr int MLP_MAX_REGISTERS = 96;
 constexpr int HEAD_MAX_REGISTERS = 128;
 // Of instances for more than WIDE_TILES - 1 column tiles of tokens, which have a multiprocessor to themselves.
 constexpr int WIDE_TILES = 4;

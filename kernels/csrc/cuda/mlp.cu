@@ -42,9 +42,8 @@ __device__ float bias_of(const uint16_t* bias, uint32_t row) {
     return bias == nullptr ? 0.0f : ptx::bf16_to_float(bias[row]);
 }
 
-// From 32 tokens on two CTAs do not fit into shared memory anyway.
 template <int kTiles>
-__global__ void __launch_bounds__(LINEAR_THREADS, kTiles < 4 ? 2 : 1)
+__global__ void __maxnreg__(kTiles < WIDE_TILES ? MLP_MAX_REGISTERS : WIDE_MAX_REGISTERS)
     mlp_block(const __grid_constant__ fl_mlp_args args) {
     FL_DYNAMIC_SHARED(smem);
     const MlpLayout layout(args);

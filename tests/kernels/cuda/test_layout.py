@@ -143,3 +143,10 @@ def test_enough_is_in_flight_for_the_memory() -> None:
 )
 def test_register_budgets_let_ctas_be_resident(registers: str, threads: str, ctas: int) -> None:
     assert TILES[registers] * TILES[threads] * ctas <= layout.MULTIPROCESSOR_REGISTERS
+
+
+def test_a_cta_of_each_block_fits_beside_one_of_the_next() -> None:
+    """As the launches overlap: MLP after attention, attention after MLP, the head after MLP."""
+    for other in ("ATTN_MAX_REGISTERS", "HEAD_MAX_REGISTERS"):
+        registers = TILES["MLP_MAX_REGISTERS"] + TILES[other]
+        assert registers * TILES["LINEAR_THREADS"] <= layout.MULTIPROCESSOR_REGISTERS
