@@ -38,6 +38,9 @@ const Kernels& kernels_for(DType dtype) {
     }
 }
 
+// Into how many pieces a worker's share falls, each large enough to stream.
+constexpr int64_t kPieces = 8;
+
 int64_t grains_of(const LinearWeight& weight, int64_t grain) {
     return (weight.rows + grain - 1) / grain;
 }
@@ -61,16 +64,19 @@ void linear(const Worker& worker, const LinearWeight* parts, int num_parts, cons
     const int64_t grain = all_rows >= 4 * kernels.grain * worker.count ? kernels.grain : kernels.least_grain;
     for (int part = 0; part < num_parts; ++part)
         grains += grains_of(parts[part], grain);
-    Range mine = share(grains, 1, worker); // of all parts, counted from the part at hand
-    for (int part = 0; part < num_parts; ++part) {
-        const LinearWeight& weight = parts[part];
-        const Range rows{std::clamp<int64_t>(mine.begin * grain, 0, weight.rows),
-                         std::clamp<int64_t>(mine.end * grain, 0, weight.rows)};
-        if (rows.size() > 0)
-            kernels.multiply(weight, rows, packed, m, y, y_stride);
-        mine = {mine.begin - grains_of(weight, grain), mine.end - grains_of(weight, grain)};
-        y += weight.rows;
-    }
+    const auto multiply = [&](Range piece) { // in grains of all parts, counted from the part at hand
+        float* to = y;
+        for (int part = 0; part < num_parts; ++part) {
+            const LinearWeight& weight = parts[part];
+            const Range rows{std::clamp<int64_t>(piece.begin * grain, 0, weight.rows),
+                             std::clamp<int64_t>(piece.end * grain, 0, weight.rows)};
+            if (rows.size() > 0)
+                kernels.multiply(weight, rows, packed, m, to, y_stride);
+            piece = {piece.begin - grains_of(weight, grain), piece.end - grains_of(weight, grain)};
+            to += weight.rows;
+        }
+    };
+    worker.for_pieces(grains, std::max<int64_t>(1, grains / (kPieces * worker.count)), multiply);
 }
 
 } // namespace fuseline

@@ -37,9 +37,9 @@ int64_t packed_bytes(const LinearWeight& weight, int64_t m);
 // packing and linear. Serves all weights of this weight's dtype, cols and order.
 void pack_input(const LinearWeight& weight, const float* x, int64_t x_stride, int64_t m, Range rows, void* packed);
 
-// y[m, all rows of the parts one under the other] = packed input times each part, plus its bias: this worker's share.
+// y[m, all rows of the parts one under the other] = packed input times each part, plus its bias: this worker's part.
 // The parts have one dtype and one number of cols (for example Q, K and V as they lie in the checkpoint). No barrier
-// inside; one must follow before others read y.
+// inside; one must follow before others read y, or before the next linear.
 void linear(const Worker& worker, const LinearWeight* parts, int num_parts, const void* packed, int64_t m, float* y,
             int64_t y_stride);
 

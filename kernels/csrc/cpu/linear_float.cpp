@@ -222,7 +222,7 @@ void copy_rows(const LinearWeight& weight, Range rows, Range cols, T* to, int64_
 // level, or the first, while kPanelBlock rows of x go past, a panel of which stays in the first. The next such piece of
 // W is fetched meanwhile. For many panels the piece is copied, since rows whose distance is a large power of two evict
 // each other.
-constexpr int64_t kRowBlock = 96, kFewRowBlock = 24, kPanelBlock = 256, kManyPanels = 32;
+constexpr int64_t kRowBlock = 48, kFewRowBlock = 24, kPanelBlock = 256, kManyPanels = 32;
 static_assert(kRowBlock % kFloatGrain == 0 && kPanelBlock % kPanel == 0 && kColBlock % Step<bf16>::kElements == 0);
 
 // Of each thread: the accumulators of a block of rows and panels, and the copy of a piece of W.

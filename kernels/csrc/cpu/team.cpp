@@ -72,11 +72,31 @@ struct alignas(64) Gate {
 
 } // namespace
 
+// How far a worker's share has been taken.
+struct alignas(64) Taken {
+    std::atomic<int64_t> end{0};
+};
+
 struct Region {
     Gate barrier;
     alignas(64) std::atomic<int> arrived{0};
     int64_t spin_ns = 0;
+    std::vector<Taken> taken; // of each worker's share; 0 after each barrier
+
+    void give_back() {
+        for (Taken& share : taken)
+            share.end.store(0, std::memory_order_relaxed);
+    }
 };
+
+Range Worker::take(int64_t n, int64_t most, int owner) const {
+    const Range all = share(n, 1, Worker{owner, count, region});
+    std::atomic<int64_t>& end = region->taken[owner].end;
+    if (end.load(std::memory_order_relaxed) >= all.size())
+        return {0, 0};
+    const int64_t begin = all.begin + end.fetch_add(most, std::memory_order_relaxed);
+    return {std::min(begin, all.end), std::min(begin + most, all.end)};
+}
 
 void Worker::barrier() const {
     if (count == 1)
@@ -85,6 +105,7 @@ void Worker::barrier() const {
     const uint32_t generation = gate.value.load(std::memory_order_relaxed);
     if (region->arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == count) {
         region->arrived.store(0, std::memory_order_relaxed);
+        region->give_back();
         gate.open(generation + 1);
     } else {
         gate.wait_while(generation, region->spin_ns);
@@ -120,6 +141,7 @@ struct Team::State {
         cpu_set_t usable;
         const bool known = sched_getaffinity(0, sizeof usable, &usable) == 0;
         region.spin_ns = !known || count <= CPU_COUNT(&usable) ? kSpinNs : 0;
+        region.taken = std::vector<Taken>(count);
         const uint32_t seen = start.value.load();
         for (int index = 1; index < count; ++index) {
             threads.emplace_back([this, index, seen] { serve(index, seen); });
@@ -190,6 +212,7 @@ void Team::run_erased(Erased function, void* context) {
     const uint32_t seen = state.start.value.load(), done = state.done.value.load();
     state.function = function;
     state.context = context;
+    state.region.give_back();
     state.running.store(count - 1, std::memory_order_relaxed);
     state.start.open(seen + 1);
     function(context, Worker{0, count, &state.region});

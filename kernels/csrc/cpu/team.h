@@ -14,6 +14,12 @@ namespace fuseline {
 
 struct Region;
 
+struct Range {
+    int64_t begin;
+    int64_t end;
+    int64_t size() const { return end - begin; }
+};
+
 // One thread's view of the region that runs.
 struct Worker {
     int index; // 0 is the caller
@@ -22,12 +28,25 @@ struct Worker {
 
     // Returns once every worker of the region has arrived; what they wrote before is visible after.
     void barrier() const;
-};
 
-struct Range {
-    int64_t begin;
-    int64_t end;
-    int64_t size() const { return end - begin; }
+    // Calls f(Range) for pieces of [0, n), at most `most` long, until all are taken: those of this worker's share in
+    // order, then what others have not come to, since cores that have other work, too, are slower. Every worker calls
+    // this with the same n and `most`, no more than once between two barriers.
+    template <class F>
+    void for_pieces(int64_t n, int64_t most, const F& f) const {
+        if (count == 1) {
+            if (n > 0)
+                f(Range{0, n});
+            return;
+        }
+        for (int step = 0; step < count; ++step)
+            for (Range piece; (piece = take(n, most, (index + step) % count)).size() > 0;)
+                f(piece);
+    }
+
+  private:
+    // The next piece of an owner's share, or an empty range.
+    Range take(int64_t n, int64_t most, int owner) const;
 };
 
 // This worker's contiguous share of [0, n), in multiples of grain (but for the end of n). Shares differ by at most

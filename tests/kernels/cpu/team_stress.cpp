@@ -45,13 +45,35 @@ static int shares(int workers) {
     return wrong;
 }
 
+// Each round all units are worked on once, whoever does it. Returns the number of wrong ones.
+static int pieces(int rounds) {
+    constexpr int kUnits = 37;
+    std::vector<std::atomic<int>> units(kUnits);
+    std::atomic<int> wrong{0};
+    Team::instance().run([&](const Worker& worker) {
+        for (int round = 1; round <= rounds; ++round) {
+            worker.for_pieces(kUnits, 1 + round % 3, [&](Range piece) {
+                wrong += piece.size() < 1 || (worker.count > 1 && piece.size() > 1 + round % 3);
+                for (int64_t unit = piece.begin; unit < piece.end; ++unit)
+                    units[unit].fetch_add(1, std::memory_order_relaxed);
+            });
+            worker.barrier();
+            for (const std::atomic<int>& unit : units)
+                wrong += unit.load(std::memory_order_relaxed) != round;
+            worker.barrier();
+        }
+        worker.for_pieces(kUnits, 5, [&](Range piece) { wrong -= int(piece.size()); });
+    });
+    return wrong + kUnits;
+}
+
 int main(int, char** arguments) {
     const int workers = std::atoi(arguments[1]), rounds = std::atoi(arguments[2]);
     int wrong = shares(workers);
     for (int size : {workers, 1, workers}) {
         Team::instance().resize(size, nullptr);
         wrong += Team::instance().size() != size;
-        wrong += region(rounds) + region(0);
+        wrong += region(rounds) + region(0) + pieces(rounds) + pieces(0);
     }
     std::atomic<int> others{0};
     std::thread other([&] { others += region(rounds); });
