@@ -13,7 +13,8 @@ from . import generate, operate, serve
 # What the parser raises. Its base class is in click or in a copy of it, depending on typer's version.
 _UsageError: Any = typer.BadParameter.__bases__[0]
 
-app = typer.Typer(name="fuseline", add_completion=False, pretty_exceptions_enable=False)
+# Rich's help would cut the names of long options where a terminal is 80 columns wide.
+app = typer.Typer(name="fuseline", add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.command()(serve.serve)
 app.command()(generate.generate)
 app.command()(operate.scale)

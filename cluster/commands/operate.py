@@ -48,7 +48,10 @@ def status(
 
 @reporting
 def stop(address: Address = DEFAULT) -> None:
-    """End a cluster: requests under way finish first, within the drain timeout."""
+    """End a cluster, once requests under way have finished.
+
+    They have the drain timeout for it.
+    """
     with Client(address) as client:
         client.stop()
     typer.echo("stopping")

@@ -12,98 +12,76 @@ from .common import reporting
 
 _LIMITS = EngineLimits()
 _CONFIG = ClusterConfig()
-_POOLS, _ENGINE, _PLACE = "Pools", "Engine", "Where"
 
 
 @reporting
 def serve(
     model: Annotated[str, typer.Argument(help='"demo", a folder, or a name on the Hugging Face hub.')],
     prefill: Annotated[
-        int, typer.Option(help="Prefill replicas; with 0, decode replicas do everything.", rich_help_panel=_POOLS)
+        int, typer.Option(help="Prefill replicas; with 0, decode replicas do everything.")
     ] = _CONFIG.prefill.num_replicas,
-    decode: Annotated[
-        int, typer.Option(help="Decode replicas.", rich_help_panel=_POOLS)
-    ] = _CONFIG.decode.num_replicas,
-    tensor_parallel_size: Annotated[
-        int, typer.Option("--tensor-parallel-size", "-tp", help="Ranks per layer.", rich_help_panel=_POOLS)
-    ] = 1,
+    decode: Annotated[int, typer.Option(help="Decode replicas.")] = _CONFIG.decode.num_replicas,
+    tensor_parallel_size: Annotated[int, typer.Option("--tensor-parallel-size", "-tp", help="Ranks per layer.")] = 1,
     pipeline_parallel_size: Annotated[
-        int, typer.Option("--pipeline-parallel-size", "-pp", help="Pipeline stages.", rich_help_panel=_POOLS)
+        int, typer.Option("--pipeline-parallel-size", "-pp", help="Pipeline stages.")
     ] = 1,
-    prefill_tensor_parallel_size: Annotated[
-        int | None, typer.Option(help="Instead of the common one.", rich_help_panel=_POOLS)
-    ] = None,
-    prefill_pipeline_parallel_size: Annotated[
-        int | None, typer.Option(help="Instead of the common one.", rich_help_panel=_POOLS)
-    ] = None,
-    decode_tensor_parallel_size: Annotated[
-        int | None, typer.Option(help="Instead of the common one.", rich_help_panel=_POOLS)
-    ] = None,
-    decode_pipeline_parallel_size: Annotated[
-        int | None, typer.Option(help="Instead of the common one.", rich_help_panel=_POOLS)
-    ] = None,
-    num_cpus_per_rank: Annotated[
-        float | None, typer.Option(help="Ray's CPU account of each rank.", rich_help_panel=_POOLS)
-    ] = None,
-    served_model_name: Annotated[
-        str, typer.Option(help="What clients call the model.", rich_help_panel=_ENGINE)
-    ] = "",
-    dtype: Annotated[
-        str, typer.Option(help="auto, float32, bfloat16 or float16.", rich_help_panel=_ENGINE)
-    ] = _CONFIG.dtype,
+    prefill_tensor_parallel_size: Annotated[int | None, typer.Option(help="Instead of the common one.")] = None,
+    prefill_pipeline_parallel_size: Annotated[int | None, typer.Option(help="Instead of the common one.")] = None,
+    decode_tensor_parallel_size: Annotated[int | None, typer.Option(help="Instead of the common one.")] = None,
+    decode_pipeline_parallel_size: Annotated[int | None, typer.Option(help="Instead of the common one.")] = None,
+    num_cpus_per_rank: Annotated[float | None, typer.Option(help="Ray's CPU account of each rank.")] = None,
+    served_model_name: Annotated[str, typer.Option(help="What clients call the model.")] = "",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = _CONFIG.dtype,
     quantization: Annotated[
         str,
         typer.Option(
             "--quantization",
             "-q",
             help="Of linear layers: int8, int4, int4_g64, int4_g128 round them; none; auto is the checkpoint's.",
-            rich_help_panel=_ENGINE,
         ),
     ] = _CONFIG.quantization,
     kv_cache_dtype: Annotated[
-        str, typer.Option(help="int8, or auto for that of the weights.", rich_help_panel=_ENGINE)
+        str, typer.Option(help="int8, or auto for that of the weights.")
     ] = _CONFIG.kv_cache_dtype,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.", rich_help_panel=_ENGINE)] = _CONFIG.device,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = _CONFIG.device,
     max_model_len: Annotated[
         int | None,
-        typer.Option(help="Most tokens of a sequence; the model's own by default.", rich_help_panel=_ENGINE),
+        typer.Option(help="Most tokens of a sequence; the model's own by default."),
     ] = None,
-    block_size: Annotated[
-        int, typer.Option(help="Tokens per KV block.", rich_help_panel=_ENGINE)
-    ] = _LIMITS.block_size,
+    block_size: Annotated[int, typer.Option(help="Tokens per KV block.")] = _LIMITS.block_size,
     num_gpu_blocks_override: Annotated[
-        int | None, typer.Option(help="KV blocks per group, on a CPU, too; by memory.", rich_help_panel=_ENGINE)
+        int | None, typer.Option(help="KV blocks per worker, on a CPU too; by default what memory allows.")
     ] = None,
     enable_prefix_caching: Annotated[
-        bool, typer.Option(help="Share the KV of equal prefixes.", rich_help_panel=_ENGINE)
+        bool, typer.Option(help="Share the KV of equal prefixes.")
     ] = _LIMITS.enable_prefix_caching,
     max_num_seqs: Annotated[
-        int, typer.Option(help="Most sequences that an engine runs at once.", rich_help_panel=_ENGINE)
+        int, typer.Option(help="Most sequences that an engine runs at once.")
     ] = _LIMITS.max_num_seqs,
     max_num_batched_tokens: Annotated[
-        int, typer.Option(help="Token budget of an engine's step.", rich_help_panel=_ENGINE)
+        int, typer.Option(help="Token budget of an engine's step.")
     ] = _LIMITS.max_num_batched_tokens,
     gpu_memory_utilization: Annotated[
-        float, typer.Option(help="Fraction of a GPU's memory to use.", rich_help_panel=_ENGINE)
+        float, typer.Option(help="Fraction of a GPU's memory to use.")
     ] = _LIMITS.gpu_memory_utilization,
-    host: Annotated[str, typer.Option(help="Where the gateway listens.", rich_help_panel=_PLACE)] = _CONFIG.host,
-    grpc_port: Annotated[int, typer.Option(help="0 lets the system choose.", rich_help_panel=_PLACE)] = DEFAULT_PORT,
+    host: Annotated[str, typer.Option(help="Where the gateway listens.")] = _CONFIG.host,
+    grpc_port: Annotated[int, typer.Option(help="0 lets the system choose.")] = DEFAULT_PORT,
     ray_address: Annotated[
-        str, typer.Option(help="A Ray cluster to join; empty starts a private one.", rich_help_panel=_PLACE)
+        str, typer.Option(help="A Ray cluster to join; empty starts a private one.")
     ] = _CONFIG.ray_address,
     bind_node_address: Annotated[
         bool,
-        typer.Option("--bind-node-address", help="Workers listen beyond loopback.", rich_help_panel=_PLACE),
+        typer.Option("--bind-node-address", help="Workers listen beyond loopback."),
     ] = False,
     allow_cross_node_tp: Annotated[
         bool,
-        typer.Option("--allow-cross-node-tp", help="Tensor ranks may straddle nodes.", rich_help_panel=_PLACE),
+        typer.Option("--allow-cross-node-tp", help="Tensor ranks may straddle nodes."),
     ] = False,
     start_timeout: Annotated[
-        float, typer.Option(help="Seconds for a replica to get ready.", rich_help_panel=_PLACE)
+        float, typer.Option(help="Seconds for a replica to get ready.")
     ] = _CONFIG.start_timeout_s,
     drain_timeout: Annotated[
-        float, typer.Option(help="Seconds for requests to finish on a replica that leaves.", rich_help_panel=_PLACE)
+        float, typer.Option(help="Seconds for requests to finish on a replica that leaves.")
     ] = _CONFIG.drain_timeout_s,
 ) -> None:
     """Serve a model until Ctrl-C.

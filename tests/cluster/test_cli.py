@@ -41,12 +41,14 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     return run_line
 
 
-def test_it_says_what_there_is(run: Run) -> None:
+def test_it_says_what_there_is(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     for line in (("--help",), ()):
         code, out, err = run(*line)
         assert (code, err) == (0, "")
         assert all(command in out for command in ("serve", "generate", "scale", "status", "stop"))
-    assert "--max-num-batched-tokens" in run("serve", "--help")[1]
+    monkeypatch.setenv("COLUMNS", "80")
+    told = run("serve", "--help")[1]
+    assert all(f"{flag} " in told for flag in ("--prefill-pipeline-parallel-size", "--num-gpu-blocks-override"))
     assert run("--version") == (0, f"fuseline {__version__}\n", "")
 
 
