@@ -81,6 +81,7 @@ def run_cluster(config: ClusterConfig, say: Say) -> None:
             stopping.directory = backend.log_dir
             if config.dtype == "auto":
                 model = replace(model, dtype=runnable_dtype(model.dtype, backend.config.device))
+            say(_numbers(model))
             asyncio.run(_serve(backend, model, tokenizer, stopping, started_at, say))
             say("stopping workers")
     say("stopped")
@@ -224,6 +225,12 @@ async def _wait_ready(backend: RayBackend, gateway: Gateway, say: Say) -> None:
             break
         status = await backend.controller.status(status.version, LONG_POLL_S)
     await gateway.wait_ready()
+
+
+def _numbers(model: ModelInfo) -> str:
+    """How the model is held, which ``auto`` leaves open, and how long a sequence may be."""
+    weights = model.dtype if model.quantization == "none" else f"{model.dtype}, linear layers {model.quantization}"
+    return f"weights {weights}; KV cache {model.kv_dtype}; at most {model.max_model_len} tokens a sequence"
 
 
 def _pool(name: str, pool: PoolConfig) -> str:

@@ -20,6 +20,7 @@ from fuseline.cluster import serving
 from fuseline.runtime.errors import InternalError
 from fuseline.tests.cluster.scripted_worker import until
 from fuseline.tests.timing import PATIENTLY_S, PROMPTLY_S
+from fuseline.workers.loader import model_info
 
 pytestmark = pytest.mark.ray
 MARK = "FUSELINE_TEST"
@@ -96,6 +97,12 @@ async def test_it_ends_when_its_ray_is_lost() -> None:
         out, _ = await process.communicate()
         assert process.returncode == 1
         assert "fuseline: Ray has ended: one of its servers is gone\n" in out.decode()
+
+
+def test_it_tells_how_the_model_is_held(demo_path: Path) -> None:
+    plain, rounded = model_info(demo_path), model_info(demo_path, quantization="int8")
+    assert serving._numbers(plain) == "weights bfloat16; KV cache bfloat16; at most 2048 tokens a sequence"
+    assert serving._numbers(rounded).startswith("weights bfloat16, linear layers int8; KV cache bfloat16;")
 
 
 class Broken:
