@@ -4,8 +4,8 @@
 
 Perplexity is over held-out text of the bundled model: those modules of Python's standard library that it was not
 trained on (workers/models/demo/training.json), in windows of 512 tokens, each predicted by what is before it in its
-window. Every --quantization runs through the engine as a user's prompt would. ``error`` is what rounding adds to the
-loss of bfloat16, with its standard error over windows.
+window. Every --quantization and --kv-cache-dtype runs through the engine as a user's prompt would. ``error`` is what
+rounding adds to the loss of bfloat16, with its standard error over windows.
 
 The linear layer is one matrix in memory that no cache holds, repeated as often as it takes to fill 512 MiB, by 1, 4,
 16 and 256 rows of input, on as many threads as there are cores: the bytes of weights read per second, and products.
@@ -41,12 +41,14 @@ from fuseline.workers.weights import WeightLayout
 
 WINDOW = 512
 RUNS = (
-    ("float32", "none"),
-    ("bfloat16", "none"),
-    ("bfloat16", "int8"),
-    ("bfloat16", "int4"),
-    ("bfloat16", "int4_g64"),
-    ("bfloat16", "int4_g128"),
+    ("bfloat16", "none", "auto"),  # what the others are compared with
+    ("float32", "none", "auto"),
+    ("bfloat16", "none", "int8"),
+    ("bfloat16", "int8", "auto"),
+    ("bfloat16", "int8", "int8"),
+    ("bfloat16", "int4", "auto"),
+    ("bfloat16", "int4_g64", "auto"),
+    ("bfloat16", "int4_g128", "auto"),
 )
 INPUT_ROWS = (1, 4, 16, 256)
 Matrix = torch.Tensor | QuantizedWeight
@@ -59,6 +61,7 @@ class Quality:
 
     dtype: str
     quantization: str
+    kv_cache_dtype: str
     perplexity: float
     error: float
     standard_error: float
@@ -90,7 +93,9 @@ def held_out_windows(model: Path, limit: int | None = None) -> list[list[int]]:
     return [stream[start : start + WINDOW + 1] for start in starts][:limit]
 
 
-def window_losses(model: str, dtype: str, quantization: str, windows: list[list[int]]) -> list[float]:
+def window_losses(
+    model: str, dtype: str, quantization: str, windows: list[list[int]], kv_cache_dtype: str = "auto"
+) -> list[float]:
     """Mean loss of each window, in nats per token."""
     params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
     with LLM(
@@ -98,6 +103,7 @@ def window_losses(model: str, dtype: str, quantization: str, windows: list[list[
         device="cpu",
         dtype=dtype,
         quantization=quantization,
+        kv_cache_dtype=kv_cache_dtype,
         max_model_len=WINDOW + 2,
         max_num_seqs=4,
         enable_prefix_caching=False,
@@ -125,14 +131,15 @@ def measure_quality(model: str, limit: int | None) -> Iterator[Quality]:
     path = resolve_model(model)
     windows = held_out_windows(path, limit)
     baseline: list[float] = []
-    for dtype, quantization in sorted(RUNS, key=lambda run: run != ("bfloat16", "none")):
-        losses = window_losses(model, dtype, quantization, windows)
+    for dtype, quantization, kv_cache_dtype in RUNS:
+        losses = window_losses(model, dtype, quantization, windows, kv_cache_dtype)
         baseline = baseline or losses
         errors = [loss - exact for loss, exact in zip(losses, baseline, strict=True)]
         spread = statistics.stdev(errors) / math.sqrt(len(errors)) if len(errors) > 1 else 0.0
         yield Quality(
             dtype,
             quantization,
+            kv_cache_dtype,
             math.exp(statistics.fmean(losses)),
             statistics.fmean(errors),
             spread,
@@ -190,12 +197,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=None, help="file to write the figures to")
     arguments = parser.parse_args()
 
-    print("dtype     quantization  perplexity   error (nats/token)   weights")
+    print("dtype     quantization  KV    perplexity   error (nats/token)   weights")
     qualities = []
     for quality in measure_quality(arguments.model, arguments.windows):
         qualities.append(quality)
         error = f"{quality.error:+.5f} +- {quality.standard_error:.5f}"
-        line = f"{quality.dtype:9} {quality.quantization:12} {quality.perplexity:11.4f}   {error}"
+        formats = f"{quality.dtype:9} {quality.quantization:12}  {quality.kv_cache_dtype:4}"
+        line = f"{formats} {quality.perplexity:11.4f}   {error}"
         print(f"{line}   {quality.weight_mib:.1f} MiB", flush=True)
     print(f"\nlinear {arguments.rows} x {arguments.cols}   rows of input: us, GB/s of weights, GMAC/s")
     speeds = []

@@ -10,6 +10,7 @@ from fuseline.benchmarks.quantization import held_out_windows, weight_mib, windo
 
 # Nats per token above the floats' loss; measured over all the text: 0.0007, 0.0087 and 0.0108.
 BOUNDS = {"int8": 0.003, "int4": 0.018, "int4_g128": 0.025}
+KV_BOUND = 0.0015  # of int8 KV, either way; over all the text 0.0000 +- 0.0001
 NUM_WINDOWS = 6
 
 
@@ -17,10 +18,11 @@ def test_perplexity_stays_within_bounds(demo_path: Path) -> None:
     windows = held_out_windows(demo_path)
     windows = windows[:: len(windows) // NUM_WINDOWS]
 
-    def loss(quantization: str) -> float:
-        return statistics.fmean(window_losses("demo", "bfloat16", quantization, windows))
+    def loss(quantization: str, kv_cache_dtype: str = "auto") -> float:
+        return statistics.fmean(window_losses("demo", "bfloat16", quantization, windows, kv_cache_dtype))
 
     exact = loss("none")
+    assert 0 < abs(loss("none", "int8") - exact) < KV_BOUND
     assert 20 < math.exp(exact) < 40
     errors = {quantization: loss(quantization) - exact for quantization in BOUNDS}
     for quantization, error in errors.items():
