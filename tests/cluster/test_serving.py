@@ -84,7 +84,7 @@ async def test_a_signal_to_all_processes_at_once_ends_it_soon() -> None:
     async with command(*SERVE) as (process, _):
         await lines_until(process, "loading")
         os.killpg(process.pid, signal.SIGTERM)
-        async with asyncio.timeout(25):  # some 6 s, and would be 40 if it waited for a controller that is gone
+        async with asyncio.timeout(35):  # some 6 s, and would be 40 if it waited for a controller that is gone
             out, _ = await process.communicate()
         assert process.returncode == 0, out.decode()
         assert out.decode().endswith("stopped\n")

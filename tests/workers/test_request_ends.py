@@ -131,11 +131,11 @@ async def test_an_abort_storm_leaves_nothing(prefill: Worker, decode: Worker) ->
 
 
 async def test_a_deadline_frees_a_reservation(decode: Worker) -> None:
-    decoding = await open_decode(decode, make_request(fresh_prompt(1500)), timeout=2)
+    decoding = await open_decode(decode, make_request(fresh_prompt(1500)), timeout=4)
     told = await decode.engine.call(lambda engine: engine.next_deadline)
     assert told is not None
     # The engine knows the caller's deadline (gRPC may round it up), not only its own limit of half a minute or more.
-    assert told - time.monotonic() < 5
+    assert told - time.monotonic() < 7
     assert isinstance(await error_of(decoding.events), DeadlineExceededError)
     await decode.released()
 

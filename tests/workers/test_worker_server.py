@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -21,6 +20,7 @@ from fuseline.runtime.errors import (
     UnavailableError,
 )
 from fuseline.runtime.role import WorkerRole
+from fuseline.tests.timing import PATIENTLY_S
 from fuseline.tests.workers.worker_cases import (
     Worker,
     compute_locally,
@@ -31,6 +31,7 @@ from fuseline.tests.workers.worker_cases import (
 )
 from fuseline.workers.grpc_errors import DETAILS_KEY, error_from_rpc
 from fuseline.workers.server import WorkerServer
+from fuseline.workers.services import status
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -96,23 +97,23 @@ async def test_an_oversized_message_is_refused(decode: Worker) -> None:
     await decode.released()
 
 
-async def test_a_watch_tells_changes_at_once_and_otherwise_each_second(decode: Worker) -> None:
+async def test_a_watch_tells_changes_at_once_and_otherwise_now_and_then(
+    decode: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     call = decode.worker.Watch(worker_pb2.WatchRequest(min_interval_ms=10))
     snapshots = aiter(call)
     first = await anext(snapshots)
     assert (first.role, first.max_num_seqs) == (worker_pb2.WORKER_ROLE_DECODE, 16)
     assert first.num_free_blocks == first.num_total_blocks == 256
-    start = time.monotonic()
-    await anext(snapshots)  # nothing has changed
-    assert 0.8 < time.monotonic() - start < 2
-    start = time.monotonic()
-    decoding = await open_decode(decode, make_request(fresh_prompt(100)))
-    changed = await anext(snapshots)
-    assert changed.num_free_blocks < 256
-    assert time.monotonic() - start < 0.9
-    decoding.call.cancel()
-    while (await anext(snapshots)).num_free_blocks < 256:
-        pass
+    monkeypatch.setattr(status, "MAX_INTERVAL_S", 2 * PATIENTLY_S)  # once the one that is being waited for is told
+    async with asyncio.timeout(PATIENTLY_S):
+        assert (await anext(snapshots)).num_free_blocks == 256  # nothing has changed
+        decoding = await open_decode(decode, make_request(fresh_prompt(100)))
+        changed = await anext(snapshots)
+        assert changed.num_free_blocks < 256
+        decoding.call.cancel()
+        while (await anext(snapshots)).num_free_blocks < 256:
+            pass
     call.cancel()
 
 
@@ -132,11 +133,13 @@ async def test_a_port_in_use_is_told(decode: Worker) -> None:
         WorkerServer("second", WorkerRole.DECODE, decode.group, port=port)
 
 
-async def test_draining_lets_requests_finish_and_admits_no_more() -> None:
+async def test_draining_lets_requests_finish_and_admits_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     async with worker(WorkerRole.DECODE) as draining:
         running = asyncio.create_task(compute_locally(draining, make_request(fresh_prompt(50), max_tokens=300)))
         await draining.until(lambda stats: stats.num_running > 0)
-        slow = await draining.worker.Drain(worker_pb2.DrainWorkerRequest(), timeout=0.3)
+        with monkeypatch.context() as patch:
+            patch.setattr(status, "ANSWER_MARGIN_S", PATIENTLY_S)  # so that it answers before anything is done
+            slow = await draining.worker.Drain(worker_pb2.DrainWorkerRequest(), timeout=PATIENTLY_S)
         assert slow.num_left == 1
         drain = asyncio.ensure_future(draining.worker.Drain(worker_pb2.DrainWorkerRequest(), timeout=30))
         with pytest.raises(grpc.RpcError) as caught:
