@@ -36,7 +36,7 @@ import numpy as np
 import torch
 
 from fuseline.collectives.kv_transfer import KvReceiver, KvSender, KvTransferServicer, host_id
-from fuseline.collectives.kv_transfer.segment import OwnedSegment, attach_segment
+from fuseline.collectives.segment import OwnedSegment, attach_segment
 from fuseline.runtime.handoff import KvReservation, Provenance, RankEndpoint
 from fuseline.runtime.sharding import ModelShape, ParallelConfig, kv_range
 

@@ -1,6 +1,6 @@
 """The communicator between CPU ranks of one machine, over memory that they share.
 
-The first rank makes a segment that has no name (see ``kv_transfer.segment``), the others map it through its /proc
+The first rank makes a segment that has no name (see ``segment``), the others map it through its /proc
 entry, and all of them watch each other's processes by pidfd. The exchange itself is native code: see
 ``kernels/csrc/exchange/exchange.h``. Nothing is left behind by whoever dies, however.
 """
@@ -25,8 +25,7 @@ from ..kernels.exchange import (
     num_bytes,
 )
 from ..runtime.errors import UnavailableError
-from .kv_transfer.pieces import Bytes
-from .kv_transfer.segment import OwnedSegment, attach_segment, host_id
+from .segment import Bytes, OwnedSegment, attach_segment, host_id
 from .tensors import check_dim, check_peer, check_source, checked, concatenate, sum_in_order
 
 logger = logging.getLogger(__name__)

@@ -62,6 +62,21 @@ class KvReservation:
     endpoints: tuple[RankEndpoint, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class TransferSummary:
+    """How a handoff of one rank went.
+
+    Attributes:
+        num_bytes: of KV, acknowledged.
+        transfer_s: first push to last acknowledgement.
+        transport: "shm", "grpc", "grpc+shm", or "none" when this rank had nothing to send.
+    """
+
+    num_bytes: int
+    transfer_s: float
+    transport: str
+
+
 def token_prefix_hash(token_ids: Sequence[int]) -> bytes:
     """SHA-256 over the token ids as little-endian int32."""
     return hashlib.sha256(struct.pack(f"<{len(token_ids)}i", *token_ids)).digest()

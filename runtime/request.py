@@ -10,6 +10,7 @@ from .sampling_params import SamplingParams
 
 MAX_REQUEST_ID_CHARS = 128
 MAX_CACHE_SALT_CHARS = 256
+MAX_TOKEN_ID = 2**31 - 1  # token ids are int32 everywhere behind the wire
 
 
 class FinishReason(StrEnum):

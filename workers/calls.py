@@ -9,8 +9,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from ..collectives.kv_transfer import TransferSummary
 from ..runtime.errors import FuselineError
+from ..runtime.handoff import TransferSummary
 from .rank_protocol import CallAnswer, CallFailed, HandoffDone, error_of
 
 Result = TypeVar("Result")

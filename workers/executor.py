@@ -17,10 +17,9 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
-from ..collectives.kv_transfer import TransferSummary
 from ..collectives.step_channel import StepChannel
 from ..runtime.errors import FuselineError, InternalError, UnavailableError, make_error
-from ..runtime.handoff import KvReservation, Provenance
+from ..runtime.handoff import KvReservation, Provenance, TransferSummary
 from ..runtime.plan import StepPlan, StepResult
 from .calls import CallBook, nothing, total_summary
 from .launcher import RankProcess

@@ -1,14 +1,33 @@
-"""The progress bar of a generation: moves with every token, and tells how fast they come."""
+"""The progress bars: of loading, and of a generation, which moves with every token and tells how fast they come.
+
+What draws them is imported only where there is someone to see it.
+"""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
-from typing import Self
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Self
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+
+@contextmanager
+def loading_bar(model: str) -> Iterator[Callable[[int, int], None] | None]:
+    """On a terminal, a bar to be told of bytes done and bytes in all; None elsewhere."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(f"loading {model}", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 class GenerationBar:
@@ -29,6 +48,9 @@ class GenerationBar:
         self._started_at = clock()
         self._progress: Progress | None = None
         if show or (show is None and sys.stderr.isatty()):
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
             text = TextColumn("{task.fields[told]}")
             columns = (TextColumn("generating"), BarColumn(), TaskProgressColumn(), text, TimeElapsedColumn())
             self._progress = Progress(*columns, console=Console(stderr=True))

@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..collectives.communicator import CommunicatorStore
-from ..collectives.kv_transfer import KvReceiver
 from ..collectives.step_channel import StepChannel, StepListener
 from ..kernels.cpu.threads import usable_cores
 from ..runtime.config import CacheConfig, EngineConfig, SchedulerConfig
@@ -24,6 +24,9 @@ from .launcher import LocalLauncher, RankLauncher, RankProcess
 from .loader import Progress, check_cut, model_info, resolve_model
 from .rank import RankWorker
 from .rank_protocol import CODEC, AllocateCache, Loaded, Loading, LoadModel, Ready
+
+if TYPE_CHECKING:
+    from ..collectives.kv_transfer import KvReceiver
 
 
 @dataclass(frozen=True, slots=True)

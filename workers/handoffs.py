@@ -10,11 +10,14 @@ from __future__ import annotations
 import threading
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from ..collectives.kv_transfer import KvSender, TransferSummary
 from ..runtime.errors import AlreadyExistsError, FuselineError, NotFoundError, ResourceExhaustedError
-from ..runtime.handoff import KvReservation
+from ..runtime.handoff import KvReservation, TransferSummary
 from ..runtime.plan import StepPlan
+
+if TYPE_CHECKING:
+    from ..collectives.kv_transfer import KvSender
 
 MAX_HANDOFFS = 4096
 

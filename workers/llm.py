@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import secrets
-import sys
 import threading
 import weakref
 from collections.abc import Sequence
@@ -16,16 +15,13 @@ from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
-
 from ..runtime.config import SchedulerConfig
 from ..runtime.errors import FuselineError, InternalError, InvalidArgumentError, UnavailableError
 from ..runtime.request import FinishReason, Request, SequenceOutput, TokenLogprobs
 from ..runtime.request_check import check_request
 from ..runtime.sampling_params import MAX_SEED, SamplingParams, child_seed
 from ..runtime.sharding import ParallelConfig
-from .generation_bar import GenerationBar
+from .generation_bar import GenerationBar, loading_bar
 from .group import GroupConfig, ModelGroup
 from .prompts import Prompt, check_prompts, per_prompt
 from .rank_protocol import RankFailure, error_of
@@ -173,12 +169,8 @@ class LLM:
         )
         self._lock = threading.Lock()
         self._request_ids = itertools.count()
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
-            task = bar.add_task(f"loading {model}", total=None)
-            self._group = ModelGroup.start(
-                config, progress=lambda done, total: bar.update(task, completed=done, total=total)
-            )
+        with loading_bar(model) as progress:
+            self._group = ModelGroup.start(config, progress=progress)
         # Whoever forgets to close must not be left with processes and gigabytes.
         self._close = weakref.finalize(self, self._group.close)
         try:

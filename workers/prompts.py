@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 from ..runtime.errors import InvalidArgumentError
-from .wire import MAX_TOKEN_ID
+from ..runtime.request import MAX_TOKEN_ID
 
 Prompt: TypeAlias = str | Sequence[int]
 T = TypeVar("T")

@@ -19,11 +19,12 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..collectives.communicator import GroupCommunicators, make_communicators
-from ..collectives.kv_transfer import KvReceiver, KvSender, TransferSummary, host_id
+from ..collectives.segment import host_id
 from ..collectives.step_channel import StepChannel
 from ..kernels.cpu.threads import set_num_threads
 from ..runtime.config import EngineConfig
@@ -34,10 +35,10 @@ from ..runtime.errors import (
     ResourceExhaustedError,
     UnavailableError,
 )
+from ..runtime.handoff import TransferSummary
 from ..runtime.plan import StepPlan, StepResult
 from ..runtime.sharding import kv_range
 from .handoffs import KvPush, RankHandoffs
-from .kv_server import KvServer
 from .loader import Progress, load_model, model_info, resolve_model
 from .memory import kv_budget_bytes, max_kv_blocks
 from .model_runner import ModelRunner
@@ -67,6 +68,10 @@ from .rank_protocol import (
     VerifyReservation,
     failure_of,
 )
+
+if TYPE_CHECKING:
+    from ..collectives.kv_transfer import KvReceiver, KvSender
+    from .kv_server import KvServer
 
 logger = logging.getLogger(__name__)
 _LOADING_LOG_S = 2.0
@@ -233,6 +238,10 @@ class RankWorker:
         return self._prepare_transfers(kv_cache, config) if config.transfers_kv else Ready()
 
     def _prepare_transfers(self, kv_cache: torch.Tensor, config: LoadModel) -> Ready:
+        # With gRPC, which takes a while to import, and which a group that hands nothing over can do without.
+        from ..collectives.kv_transfer import KvReceiver, KvSender
+        from .kv_server import KvServer
+
         shape, parallel = config.info.shape, config.parallel
         self.kv_receiver = KvReceiver(kv_cache, kv_range(shape, parallel, self.rank))
         self._sender = KvSender(kv_cache, shape, parallel, self.rank)

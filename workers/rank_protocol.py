@@ -9,11 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import get_args
 
-from ..collectives.kv_transfer import TransferSummary
 from ..collectives.messages import MessageCodec
 from ..runtime.config import CacheConfig, ModelInfo, SchedulerConfig
 from ..runtime.errors import ErrorCode, FuselineError, make_error
-from ..runtime.handoff import KvReservation, Provenance
+from ..runtime.handoff import KvReservation, Provenance, TransferSummary
 from ..runtime.plan import StepPlan, StepResult
 from ..runtime.sharding import ParallelConfig
 

@@ -16,14 +16,13 @@ from google.protobuf.message import Message
 from ..proto.fuseline.v1 import common_pb2, worker_pb2
 from ..runtime.errors import ErrorCode, InvalidArgumentError
 from ..runtime.handoff import KvReservation, Provenance, RankEndpoint
-from ..runtime.request import FinishReason, Phase, Request, SequenceOutput, TokenLogprobs
+from ..runtime.request import MAX_TOKEN_ID, FinishReason, Phase, Request, SequenceOutput, TokenLogprobs
 from ..runtime.sampling_params import MAX_SEED, SamplingParams
 from ..runtime.sharding import KvRange
 
 T = TypeVar("T")
 MAX_RESERVATION_ID_CHARS = 64
 MAX_ENDPOINTS = 4096  # ranks of one group: 64 tensor x 64 pipeline
-MAX_TOKEN_ID = 2**31 - 1  # token ids are int32 everywhere behind the wire
 HASH_BYTES = 32  # SHA-256
 
 _SCALAR_SAMPLING_FIELDS = (

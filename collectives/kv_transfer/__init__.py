@@ -3,14 +3,14 @@
 ``KvSender`` gathers pieces out of a paged cache and pushes them, ``KvReceiver`` checks them and writes them into
 another; ``KvTransferServicer`` is the wire between. Layouts may differ in every way: tensor and pipeline sizes,
 block size, block ids. The files, from the bottom: ``pieces`` (what is claimed of bytes), ``intervals``,
-``cache_access`` (bytes in and out of a cache), ``wire`` and ``segment`` (how they travel), ``receiver``,
+``cache_access`` (bytes in and out of a cache), ``wire`` and ``..segment`` (how they travel), ``receiver``,
 ``malloc`` and ``servicer`` (decode side), ``parcels``, ``ledger``, ``lane`` and ``sender`` (prefill side).
 """
 
-from .ledger import KvSenderStats, TransferLimits, TransferSummary
+from ..segment import host_id
+from .ledger import KvSenderStats, TransferLimits
 from .pieces import Piece, PieceRefusedError, Refusal, checksum, provenance_digest
 from .receiver import KvReceiver, KvReceiverStats
-from .segment import host_id
 from .sender import KvSender
 from .servicer import KvTransferServicer
 
@@ -24,7 +24,6 @@ __all__ = [
     "PieceRefusedError",
     "Refusal",
     "TransferLimits",
-    "TransferSummary",
     "checksum",
     "host_id",
     "provenance_digest",

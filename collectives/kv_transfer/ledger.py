@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from ...runtime.errors import CancelledError, FuselineError
-from ...runtime.handoff import KvReservation
+from ...runtime.handoff import KvReservation, TransferSummary
 from ...runtime.sharding import KvRange
 from .cache_access import BlockIds, Ready
 from .intervals import IntervalSet
@@ -51,21 +51,6 @@ class TransferLimits:
     max_retries: int = 3
     ack_timeout_s: float = 30.0
     idle_s: float = 60.0
-
-
-@dataclass(frozen=True, slots=True)
-class TransferSummary:
-    """How a handoff of one rank went.
-
-    Attributes:
-        num_bytes: of KV, acknowledged.
-        transfer_s: first push to last acknowledgement.
-        transport: "shm", "grpc", "grpc+shm", or "none" when this rank had nothing to send.
-    """
-
-    num_bytes: int
-    transfer_s: float
-    transport: str
 
 
 @dataclass(frozen=True, slots=True)

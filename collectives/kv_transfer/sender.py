@@ -24,13 +24,13 @@ from ...runtime.errors import (
     ResourceExhaustedError,
     UnavailableError,
 )
-from ...runtime.handoff import KvReservation, transfer_ranges
+from ...runtime.handoff import KvReservation, TransferSummary, transfer_ranges
 from ...runtime.sharding import KvRange, ModelShape, ParallelConfig, kv_range
+from ..segment import host_id
 from .cache_access import Ready, cache_access
 from .intervals import IntervalSet
 from .lane import WAKE_S, Lane
-from .ledger import KvSenderStats, Ledger, Outgoing, TransferLimits, TransferSummary, Work
-from .segment import host_id
+from .ledger import KvSenderStats, Ledger, Outgoing, TransferLimits, Work
 
 Connect = Callable[[str], grpc.Channel]
 DEFAULT_LIMITS = TransferLimits()

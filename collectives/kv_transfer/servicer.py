@@ -14,10 +14,10 @@ import numpy as np
 
 from ...proto.fuseline.v1 import kv_transfer_pb2 as pb
 from ...runtime.errors import InvalidArgumentError, UnavailableError
+from ..segment import attach_segment
 from .malloc import keep_message_memory
 from .pieces import Bytes, PieceRefusedError
 from .receiver import KvReceiver
-from .segment import attach_segment
 from .wire import Parcel, decode_push
 
 Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]

@@ -15,7 +15,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fuseline.collectives.kv_transfer import KvReceiver, Piece, TransferSummary, servicer
+from fuseline.collectives.kv_transfer import KvReceiver, Piece, servicer
 from fuseline.collectives.kv_transfer.pieces import Bytes
 from fuseline.runtime.errors import (
     AlreadyExistsError,
@@ -27,6 +27,7 @@ from fuseline.runtime.errors import (
     ResourceExhaustedError,
     UnavailableError,
 )
+from fuseline.runtime.handoff import TransferSummary
 from fuseline.runtime.sharding import KvRange, ParallelConfig
 from fuseline.tests.kv_ranks import (
     NUM_BLOCKS,

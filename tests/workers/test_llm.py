@@ -298,3 +298,10 @@ def test_loading_shows_a_bar_on_a_terminal(
 def test_importing_the_package_imports_no_torch() -> None:
     code = "import sys, fuseline; fuseline.SamplingParams; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-P", "-c", code], cwd=DEMO).returncode == 0
+
+
+def test_a_model_alone_imports_neither_grpc_nor_what_draws_bars() -> None:
+    code = (
+        "import sys, fuseline; fuseline.LLM; sys.exit(bool({'grpc', 'google.protobuf', 'rich'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-P", "-c", code], cwd=DEMO).returncode == 0

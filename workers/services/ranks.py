@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import TypeVar
 
-from ...collectives.kv_transfer import TransferSummary
 from ...runtime.config import ModelInfo
 from ...runtime.errors import UnavailableError
-from ...runtime.handoff import KvReservation, Provenance, RankEndpoint, token_prefix_hash
+from ...runtime.handoff import KvReservation, Provenance, RankEndpoint, TransferSummary, token_prefix_hash
 from ...runtime.request import Request
 from ..executor import GroupExecutor
 

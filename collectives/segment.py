@@ -19,10 +19,11 @@ import secrets
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
-from ...runtime.errors import UnavailableError
-from .pieces import Bytes
+from ..runtime.errors import UnavailableError
 
+Bytes = NDArray[np.uint8]
 MAX_SEGMENT_BYTES = 1 << 30
 _NAME = re.compile(r"fuseline-kv-[0-9a-f]{32}")
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL

@@ -6,7 +6,7 @@ import tempfile
 import numpy as np
 import pytest
 
-from fuseline.collectives.kv_transfer.segment import OwnedSegment, attach_segment
+from fuseline.collectives.segment import OwnedSegment, attach_segment
 from fuseline.runtime.errors import UnavailableError
 
 SIZE = 1 << 16
