@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
+INTERRUPTED = 130  # what shells report for Ctrl-C
+
 
 def main() -> None:
     """Entry point of the console script."""
@@ -12,6 +14,10 @@ def main() -> None:
     # the second turns off, which nothing here needs, it may crash processes that are forked beside it.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
-    from .commands.app import run
+    try:
+        from .commands.app import run  # takes long enough for a Ctrl-C
 
-    sys.exit(run(sys.argv[1:]))
+        code = run(sys.argv[1:])
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    sys.exit(code)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from fuseline import __version__
-from fuseline.cluster import serving
+from fuseline.cluster import cli, serving
 from fuseline.cluster.cluster_config import ClusterConfig, EngineLimits, PoolConfig
 from fuseline.cluster.cluster_service import ClusterService
 from fuseline.cluster.commands import app
@@ -50,6 +50,16 @@ def test_it_says_what_there_is(run: Run, monkeypatch: pytest.MonkeyPatch) -> Non
     told = run("serve", "--help")[1]
     assert all(f"{flag} " in told for flag in ("--prefill-pipeline-parallel-size", "--num-gpu-blocks-override"))
     assert run("--version") == (0, f"fuseline {__version__}\n", "")
+
+
+def test_ctrl_c_before_there_is_anything_to_stop_shows_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_arguments: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(app, "run", interrupted)
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 130
 
 
 @pytest.mark.parametrize(
