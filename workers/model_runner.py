@@ -69,7 +69,6 @@ class ModelRunner:
         self._block_tables = np.zeros((num_rows, config.max_blocks_per_seq), np.int32)
         self._num_blocks = np.zeros(num_rows, np.int32)
         self._prompt_lens = np.zeros(num_rows, np.int32)
-        self._num_tokens = np.zeros(num_rows, np.int32)
         self._wants_prompt_logprobs = np.zeros(num_rows, np.bool_)
         self._rows: list[SamplingRow | None] = [None] * num_rows
         # A set for each step in flight; on a GPU a set is overwritten only when its copies to the device are done.
@@ -124,7 +123,6 @@ class ModelRunner:
             self._block_tables[seq.row, : len(seq.block_ids)] = seq.block_ids
             self._num_blocks[seq.row] = len(seq.block_ids)
             self._prompt_lens[seq.row] = seq.num_prompt_tokens
-            self._num_tokens[seq.row] = len(seq.token_ids)
             self._wants_prompt_logprobs[seq.row] = seq.params.prompt_logprobs is not None
             self._rows[seq.row] = SamplingRow(
                 seq.params, seq.seed, self._tokens[seq.row], len(seq.token_ids), seq.num_prompt_tokens
@@ -132,10 +130,11 @@ class ModelRunner:
         for row, block_id in zip(plan.new_block_rows.tolist(), plan.new_block_ids.tolist(), strict=True):
             self._block_tables[row, self._num_blocks[row]] = block_id
             self._num_blocks[row] += 1
-        known = plan.input_tokens >= 0
-        rows = plan.rows[known]
-        self._tokens[rows, self._num_tokens[rows]] = plan.input_tokens[known]
-        self._num_tokens[rows] += 1
+        for row, token_id in zip(plan.rows.tolist(), plan.input_tokens.tolist(), strict=True):
+            if token_id >= 0:
+                state = self._row(row)
+                self._tokens[row, state.num_tokens] = token_id
+                state.num_tokens += 1
 
     def _row(self, row: int) -> SamplingRow:
         state = self._rows[row]
@@ -205,10 +204,7 @@ class ModelRunner:
             return StepResult(
                 plan.step_id, np.empty(0, np.int32), {}, self._prompt_logprobs(plan, logits, logprob_targets)
             )
-        rows = [self._row(row) for row in sampled_rows]
-        for state, num_tokens in zip(rows, self._num_tokens[sampled_rows].tolist(), strict=True):
-            state.num_tokens = num_tokens
-        sampled = self._sampler.sample(logits[:num_samples], rows)
+        sampled = self._sampler.sample(logits[:num_samples], [self._row(row) for row in sampled_rows])
         return StepResult(
             plan.step_id,
             sampled.token_ids.to("cpu", torch.int32).numpy(),
