@@ -79,7 +79,13 @@ def measure(laboratory: Laboratory, arguments: argparse.Namespace) -> float:
     for peer in arguments.peers:
         if peer not in peers:
             print(f"{peer}: not installed")
-    kinds = [(model, peer, mode) for model in arguments.models for peer in peers for mode in PEERS[peer].modes]
+    kinds = [
+        (model, peer, mode)
+        for model in arguments.models
+        for peer in peers
+        for mode in PEERS[peer].modes
+        if f"{peer} {mode}" not in arguments.without
+    ]
     for model, peer, mode in list(kinds):
         if error := laboratory.prepare(model, peer, mode, checkpoints[model]):
             print(f"{model} {peer} {mode} cannot be converted: {error}", flush=True)
@@ -119,6 +125,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), help=f"{OURS} is one of them")
+    modes = [f"{peer} {mode}" for peer in PEERS for mode in PEERS[peer].modes]
+    parser.add_argument("--without", nargs="+", choices=modes, default=[], metavar="MODE", help="such as 'vllm bf16'")
     parser.add_argument("--rounds", type=int, default=3, help="0 only converts the models")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON", help="a peer's interpreter")
     parser.add_argument("--venvs", type=Path, help="a folder of virtual environments named like the peers")
