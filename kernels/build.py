@@ -59,7 +59,8 @@ def user_cache(name: str) -> Path:
     """
     home = os.path.expanduser("~")  # noqa: PTH111  Path would raise for a user without a home
     folder = Path(home, ".cache", "fuseline", name)
-    exists = next(path for path in (folder, *folder.parents) if path.exists())
+    # False where one may not even look; Path.exists() would raise.
+    exists = next(path for path in (folder, *folder.parents) if os.path.exists(path))  # noqa: PTH110
     if Path(home).is_absolute() and exists.is_dir() and os.access(exists, os.W_OK | os.X_OK):
         return folder
     return Path(gettempdir()) / f"fuseline-{os.getuid()}-{name}"
@@ -104,9 +105,9 @@ def build_library(source: LibrarySource, compiler: str, jobs: int = 1) -> Path:
         key = _digest("library", version, *source.link_flags, *keys.values())
         folder = cache_folder()
         library = folder / f"{source.name}-{key[:32]}.so"
+        _make_private(folder / "objects")
         if _intact(library):
             return library
-        _make_private(folder / "objects")
         with _lock(folder / f"{source.name}.lock"):
             if not _intact(library):
                 with ThreadPoolExecutor(jobs) as pool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import shutil
 import subprocess
@@ -129,6 +130,15 @@ def test_a_cache_that_others_can_write_is_refused(source: LibrarySource, compile
         build_library(source, str(compiler))
 
 
+def test_a_library_that_others_could_have_put_there_is_not_used(
+    source: LibrarySource, compiler: Path, cache: Path
+) -> None:
+    build_library(source, str(compiler))
+    cache.chmod(0o777)
+    with pytest.raises(BuildError, match="can be written by others"):
+        build_library(source, str(compiler))
+
+
 def test_without_a_home_to_write_the_cache_lies_among_temporary_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,6 +150,23 @@ def test_without_a_home_to_write_the_cache_lies_among_temporary_files(
     for home in (tmp_path / "file", "~"):  # no folder, and what a user without an entry in /etc/passwd is left with
         monkeypatch.setenv("HOME", str(home))
         assert build.cache_folder() == elsewhere
+
+
+def test_a_home_that_one_may_not_look_into_is_none_to_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told by what the system says, since to root it says no such thing."""
+    (tmp_path / ".cache").mkdir()
+    look = os.stat
+
+    def stat(path: str | Path, **options: bool) -> os.stat_result:
+        if tmp_path / ".cache" in Path(path).parents:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return look(path, **options)
+
+    monkeypatch.delenv("FUSELINE_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(os, "stat", stat)
+    monkeypatch.setattr(os, "access", lambda path, mode: tmp_path not in Path(path).parents)
+    assert build.cache_folder() == Path(tempfile.gettempdir()) / f"fuseline-{os.getuid()}-kernels"
 
 
 def test_the_cache_stays_small(

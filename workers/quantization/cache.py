@@ -104,8 +104,8 @@ def _usable_folder(num_bytes: int) -> Path | None:
     given = os.environ.get("FUSELINE_WEIGHT_CACHE")
     if given == "" or num_bytes > MAX_BYTES:
         return None
-    folder = Path(given) if given else user_cache("weights")
     try:
+        folder = Path(given) if given else user_cache("weights")
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.stat()
         if status.st_uid != os.getuid() or status.st_mode & 0o077:

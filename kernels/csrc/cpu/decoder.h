@@ -1,10 +1,12 @@
 // A rank's share of a decoder as a program of ops, any range of which is one call and one parallel region:
 //
+// clang-format off: it would run the lines together
 //     0          the input: token embeddings (a partial sum if the vocabulary is sharded), or hidden states given
-//     1 + 2 i    attention block of layer i: norm, QKV, norms of Q and K, rotary embedding, KV append, attention,
-//     output 2 + 2 i    MLP block of layer i: norm, gate and up, SwiGLU, down 1 + 2 n    the output: logits of the
-//     wanted rows, or the hidden states
+//     1 + 2 i    attention block of layer i: norm, QKV, norms of Q and K, rotary embedding, KV append, attention, O
+//     2 + 2 i    MLP block of layer i: norm, gate and up, SwiGLU, down
+//     1 + 2 n    the output: logits of the wanted rows, or the hidden states
 //
+// clang-format on
 // The stream between ops is the step's own memory: `residual` and, apart from it, the last block's output `delta`,
 // which is the next op's to add. So whoever calls may stop anywhere, all-reduce delta, and go on. Steps of more than
 // kChunkRows tokens are computed in pieces of so many inside each op, so scratch does not grow with the step.

@@ -5,6 +5,7 @@
 #include <new>
 #include <pthread.h>
 #include <sched.h>
+#include <system_error>
 #include <thread>
 #include <time.h>
 #include <unistd.h>
@@ -144,7 +145,12 @@ struct Team::State {
         region.taken = std::vector<Taken>(count);
         const uint32_t seen = start.value.load();
         for (int index = 1; index < count; ++index) {
-            threads.emplace_back([this, index, seen] { serve(index, seen); });
+            try {
+                threads.emplace_back([this, index, seen] { serve(index, seen); });
+            } catch (const std::system_error&) { // there may be no more: the team is as many as have started
+                count = index;
+                return;
+            }
             if (!cores.empty()) {
                 cpu_set_t set;
                 CPU_ZERO(&set);
@@ -202,13 +208,13 @@ int Team::size() const {
 void Team::run_erased(Erased function, void* context) {
     State& state = *state_;
     std::unique_lock<std::mutex> lock(state.turn);
+    if (state.count > 1 && state.threads.empty())
+        state.start_threads();
     const int count = state.count;
     if (count == 1) { // nothing to share, so no turn to keep: callers that exchange data may run side by side
         lock.unlock();
         return function(context, Worker{0, 1, &state.region});
     }
-    if (state.threads.empty())
-        state.start_threads();
     const uint32_t seen = state.start.value.load(), done = state.done.value.load();
     state.function = function;
     state.context = context;
