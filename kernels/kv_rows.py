@@ -35,8 +35,13 @@ def quantize_rows(x: Tensor) -> Tensor:
     return torch.cat((rounded.to(torch.int8), scale.view(torch.int8)), -1)
 
 
-def dequantize_rows(rows: Tensor) -> Tensor:
-    """Floats float32[..., D] of rows int8[..., D + 4]."""
+def dequantize_rows(rows: Tensor, out: Tensor | None = None) -> Tensor:
+    """Floats [..., D] of rows int8[..., D + 4].
+
+    Args:
+        out: where to write them, in any float dtype: all of those hold the integers exactly. None for new float32.
+    """
     head_dim = row_head_dim(rows)
-    scale = rows[..., head_dim:].clone(memory_format=torch.contiguous_format)
-    return rows[..., :head_dim].float() * scale.view(torch.float32)
+    scale = rows[..., head_dim:].clone(memory_format=torch.contiguous_format).view(torch.float32)
+    integers = rows[..., :head_dim]
+    return (integers.float() if out is None else out.copy_(integers)).mul_(scale)

@@ -32,7 +32,8 @@ from ..runtime.request import TokenLogprobs
 from ..runtime.sampling_params import SamplingParams
 
 _KEY_BITS = 62  # of a weight and a token id together, or of the sum of all weights
-_CHUNK_ELEMENTS = 1 << 20  # float64 and int64 temporaries stay below some 50 MiB, and near the caches of a CPU
+# Logits that are looked at together: float64 and int64 temporaries stay below some 200 MiB, on a CPU near its caches.
+_CHUNK_ELEMENTS, _CPU_CHUNK_ELEMENTS = 1 << 22, 1 << 20
 
 
 @dataclass(slots=True)
@@ -94,7 +95,7 @@ class Sampler:
         """
         if all(row.plain_greedy for row in rows):
             return Sampled(_greedy(logits), {})
-        num_rows = max(1, _CHUNK_ELEMENTS // logits.shape[1])
+        num_rows = _rows_at_once(logits)
         parts = [
             self._sample_chunk(logits[start : start + num_rows], rows[start : start + num_rows])
             for start in range(0, len(rows), num_rows)
@@ -149,7 +150,7 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: Sequence[int]) ->
         num_top: how many of the most likely tokens each row lists beside its own; the vocabulary's size bounds it.
     """
     result: list[TokenLogprobs] = []
-    num_rows = max(1, _CHUNK_ELEMENTS // logits.shape[1])
+    num_rows = _rows_at_once(logits)
     for start in range(0, len(num_top), num_rows):
         part = slice(start, start + num_rows)
         result += _chunk_logprobs(logits[part], token_ids[part], num_top[part])
@@ -240,7 +241,8 @@ def _top(weights: Tensor, params: Sequence[SamplingParams]) -> tuple[Tensor, Ten
     has_k = torch.tensor([0 < p.top_k < vocab_size for p in params], device=device)
     k = torch.tensor([p.top_k if 0 < p.top_k < vocab_size else vocab_size for p in params], device=device)
     top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device)
-    # All tokens together that weigh no more than this may be left out of top-p, and so none of them is in it.
+    # All V tokens, if each weighed this much, would weigh no more than what top-p leaves out: the heavier ones alone
+    # make its share.
     total = weights.sum(dim=-1)
     light = (total - _share(top_p, total)) // vocab_size
     num_candidates = torch.where(has_k, k, (weights > light[:, None]).sum(dim=-1))
@@ -256,6 +258,11 @@ def _top(weights: Tensor, params: Sequence[SamplingParams]) -> tuple[Tensor, Ten
     num_kept = torch.minimum(torch.where(top_p < 1.0, num_kept, k), k)
     best.masked_fill_(torch.arange(best.shape[1], device=device) >= num_kept[:, None], 0)
     return best, token_ids
+
+
+def _rows_at_once(logits: Tensor) -> int:
+    elements = _CPU_CHUNK_ELEMENTS if logits.device.type == "cpu" else _CHUNK_ELEMENTS
+    return max(1, elements // logits.shape[1])
 
 
 def _share(top_p: Tensor, mass: Tensor) -> Tensor:

@@ -91,7 +91,10 @@ class CpuStep:
 
 @dataclass(eq=False, frozen=True, slots=True)
 class _Layout:
-    """All of a step's description that follows from which tensors it was given, and not from what they hold."""
+    """All of a step's description that follows from which tensors it was given, and not from what they hold.
+
+    ``native`` has three fields beside that are set anew for each step: ``output``, ``prepared`` and ``has_delta``.
+    """
 
     given: tuple[object, ...]
     native: NativeStep
@@ -145,6 +148,7 @@ class CpuDecoder:
             model.all_reduce, model.all_reduce_handle = all_reduce.function, all_reduce.handle
         self._all_reduce = all_reduce  # keeps its owner
         self._layout: _Layout | None = None  # of the last step, if the next one is likely to have the same
+        self._step: CpuStep | None = None  # the last that began: steps of one layout share its memory
         library.fl_cpu_decoder_create.restype = ctypes.c_void_p
         handle = library.fl_cpu_decoder_create(ctypes.byref(model))
         if handle is None:
@@ -195,7 +199,8 @@ class CpuDecoder:
         output = torch.empty(layout.num_rows, self._width)
         native = layout.native
         native.output, native.prepared, native.has_delta = output.data_ptr(), 0, 0
-        return CpuStep(native, layout.residual, layout.delta, output, (step, layout))
+        self._step = CpuStep(native, layout.residual, layout.delta, output, (step, layout))
+        return self._step
 
     def _describe(
         self,
@@ -248,12 +253,15 @@ class CpuDecoder:
             ``step.output``.
 
         Raises:
-            KernelArgumentError: an id in the step is out of range; nothing has been computed.
+            KernelArgumentError: an id in the step is out of range, or another step has begun; nothing has been
+                computed.
             MemoryError: there is none for the step's intermediate results.
             AllReduceError: what ``all_reduce`` failed with.
         """
         if not 0 <= begin < end <= self.num_ops:
             raise KernelArgumentError(f"ops [{begin}, {end}) are not among {self.num_ops}")
+        if step is not self._step:
+            raise KernelArgumentError("another step has begun")
         status = self._run(self._handle, ctypes.addressof(step.native), begin, end)
         if status != 0:
             raise _failure(status)

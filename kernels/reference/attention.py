@@ -49,7 +49,7 @@ def _gather(kv_layer: Tensor, pages: Tensor, plan: AttentionPlan) -> Tensor:
     if kv_layer.dtype != torch.int8:
         return torch.index_select(blocks, 0, pages, out=out)
     rows = blocks.index_select(0, pages).view(-1, geometry.row_width)
-    out.view(-1, geometry.head_dim).copy_(dequantize_rows(rows))
+    dequantize_rows(rows, out.view(-1, geometry.head_dim))
     return out
 
 

@@ -161,6 +161,9 @@ def test_ops_one_by_one_are_the_step(library: ctypes.CDLL) -> None:
         result = runner.decoder.run(step, op, op + 1)
         assert result is (step.residual if op == 0 else step.delta) or op == runner.decoder.num_ops - 1
     assert torch.equal(result, torch.cat(whole))
+    runner.begin([(Sequence(prompts[0]), 1)])
+    with pytest.raises(KernelArgumentError, match="another step has begun"):
+        runner.decoder.run(step, 0, 1)
 
 
 def test_stages_hand_on_hidden_states_and_leave_them_alone(library: ctypes.CDLL) -> None:
