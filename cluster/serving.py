@@ -25,6 +25,7 @@ from ..runtime.config import ModelInfo
 from ..runtime.errors import InternalError, UnavailableError
 from ..workers.loader import check_cut, model_info, resolve_model, runnable_dtype
 from ..workers.tokenizer import Tokenizer
+from .cli import INTERRUPTED
 from .cluster_config import ClusterConfig, PoolConfig, is_loopback
 from .cluster_service import ClusterService
 from .gateway import Gateway, GatewayConfig, join_address
@@ -40,7 +41,6 @@ MAX_GRACE_S = 30.0  # for streams to end when the cluster does; a longer drain_t
 PREFILL_QUEUE_STEPS = 4  # a prefill worker's queue is kept below so many full steps
 
 STDOUT = 1
-INTERRUPTED = 130  # what shells report for Ctrl-C
 
 Say = Callable[[str], None]
 

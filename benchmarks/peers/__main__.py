@@ -151,9 +151,7 @@ def main() -> None:
         return
     rows = make_rows(laboratory, arguments)
     machine = f"{cpu_name()}, {len(os.sched_getaffinity(0))} cores"
-    print(
-        f"\n{machine}, reads {bytes_per_s / 1e9:.1f} GB/s, load {os.getloadavg()[0]:.1f}, {arguments.rounds} rounds"
-    )
+    print(f"\n{machine}, reads {bytes_per_s / 1e9:.1f} GB/s, load {os.getloadavg()[0]:.1f}")
     print_rows(rows, bytes_per_s)
     found = ratios(rows)
     print_ratios(found)
@@ -166,7 +164,6 @@ def main() -> None:
         everything = {
             "machine": machine,
             "gb_per_s": bytes_per_s / 1e9,
-            "rounds": arguments.rounds,
             "rows": [asdict(row) for row in rows],
             "ratios": [asdict(each) for each in found],
             "floors": floors,

@@ -42,6 +42,7 @@ class Row:
 
     Attributes:
         kind: "float", "8 bit" or "4 bit".
+        rounds: that were run; a slow cell is not repeated.
         rates: tokens per second, by metric.
         start_s: from launching the process to the first token.
         first_choices, near_choices: shares of the checked tokens that are the float32 reference's first choice, and
@@ -53,6 +54,7 @@ class Row:
     peer: str
     mode: str
     kind: str
+    rounds: int
     version: str
     rates: dict[str, Spread]
     start_s: Spread | None
@@ -82,6 +84,7 @@ def make_row(cells: Sequence[Cell], ranks: Sequence[int] | None) -> Row:
         peer=first.peer,
         mode=first.mode,
         kind=PEERS[first.peer].modes[first.mode],
+        rounds=len(cells),
         version=next((cell.version for cell in cells if cell.version), ""),
         rates={metric: rate for metric, rate in rates.items() if rate is not None},
         start_s=spread(lambda cell: [] if cell.start_s is None else [cell.start_s]),
@@ -135,7 +138,7 @@ def print_rows(rows: Sequence[Row], bytes_per_s: float) -> None:
     for model in dict.fromkeys(row.model for row in rows):
         print(f"\n{model}: tokens per second, median of the rounds (least to most of all repeats)")
         heads = "".join(f"{metric:>22}" for metric in METRICS)
-        print(f"{'':25}{heads}{'start s':>9}{'MiB':>7}{'same':>6}{'near':>6}")
+        print(f"{'':25}{heads}{'rounds':>8}{'start s':>9}{'MiB':>7}{'same':>6}{'near':>6}")
         for kind in BYTES_PER_WEIGHT:
             of_kind = [row for row in rows if (row.model, row.kind) == (model, kind)]
             for row in of_kind:
@@ -151,7 +154,7 @@ def _print_row(row: Row) -> None:
     peak = "" if row.peak_rss_mib is None else f"{row.peak_rss_mib:.0f}"
     shares = [("" if share is None else f"{share:.0%}") for share in (row.first_choices, row.near_choices)]
     line = f"{row.peer + ' ' + row.mode:25}" + "".join(f"{text:>22}" for text in shown)
-    print(f"{line}{start:>9}{peak:>7}{shares[0]:>6}{shares[1]:>6}")
+    print(f"{line}{row.rounds:>8}{start:>9}{peak:>7}{shares[0]:>6}{shares[1]:>6}")
     if row.error:
         print(f"    FAILED: {row.error}")
 

@@ -9,6 +9,7 @@ from typing import Annotated, NoReturn, ParamSpec, TypeVar
 import typer
 
 from ...runtime.errors import FuselineError, InvalidArgumentError
+from ..cli import INTERRUPTED
 from ..client import DEFAULT_ADDRESS
 
 P = ParamSpec("P")
@@ -16,7 +17,6 @@ R = TypeVar("R")
 
 FAILED = 1
 MISUSED = 2
-INTERRUPTED = 130  # what shells report for Ctrl-C
 
 Address = Annotated[
     str, typer.Option(metavar="HOST:PORT", envvar="FUSELINE_ADDRESS", help="Where the cluster's gateway listens.")
