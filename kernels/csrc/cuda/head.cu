@@ -248,7 +248,11 @@ int fl_cuda_head_limits(const fl_head_args* args, fl_limits* limits) {
     }
     const LaunchShape shape = shape_of(*args);
     limits->shared_bytes = static_cast<int32_t>(shape.shared_bytes);
-    return max_clusters(kernel_for(args->batch), shape, &limits->max_clusters);
+    if (const int error = max_clusters(kernel_for(args->batch), shape, &limits->max_clusters)) {
+        return error;
+    }
+    limits->max_clusters = min(limits->max_clusters, Merge::kMaxLists / args->launch.cluster);
+    return 0;
 }
 
 int fl_cuda_head(const fl_head_args* args) {

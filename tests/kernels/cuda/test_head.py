@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from fuseline.benchmarks.gpu.shapes import SHAPES, Shape
 from fuseline.kernels.cuda.header import read_headers
 from fuseline.kernels.cuda.packing import pack
 from fuseline.tests.kernels.cuda.emulation import CUDA, Array, Emulation, aligned, build_kernels, from_bf16, to_bf16
@@ -136,3 +137,28 @@ def test_logits_of_a_row_do_not_depend_on_the_batch() -> None:
     for row in (0, 8, 16):
         alone, *_ = run(norm, weight, residual[[row]], None, seed=row, num_clusters=3)
         np.testing.assert_array_equal(alone[0], together[row])
+
+
+@pytest.mark.parametrize("cluster", [1, 2, 4])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
+def test_no_more_clusters_are_allowed_than_are_taken(shape: Shape, cluster: int) -> None:
+    """Two CTAs fit a multiprocessor, 264 in all, which are more than a merge takes lists."""
+    functions = ctypes.CDLL(str(build_kernels("emulated-head", CUDA / "head.cu")))
+    limits = HEADER.structs["fl_limits"]()
+
+    def ask(num_clusters: int) -> int:
+        args = HEADER.structs["fl_head_args"](
+            version=HEADER.constants["FL_CUDA_API"],
+            batch=1,
+            hidden=shape.hidden,
+            vocab=shape.vocab,
+            launch=HEADER.structs["fl_launch"](cluster=cluster, num_clusters=num_clusters, stages=3),
+        )
+        error: int = functions.fl_cuda_head_limits(ctypes.byref(args), ctypes.byref(limits))
+        return error
+
+    assert ask(1) == 0
+    allowed = limits.max_clusters
+    assert allowed * cluster == 256
+    assert ask(allowed) == 0
+    assert ask(allowed + 1) != 0
