@@ -15,14 +15,16 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from ..errors import LaunchError
 
 Weights = tuple[tuple[int, int], ...]
+CLUSTER_SIZES = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,5 +96,12 @@ def default_table() -> LaunchTable:
 
 
 def _choice(block: str, weights: list[list[int]], cluster: int, launches: list[dict[str, int]]) -> Choice:
+    """Of a record. Raises ValueError or TypeError where it is none."""
     shapes = tuple((rows, cols) for rows, cols in weights)
-    return Choice(block, shapes, cluster, tuple(Spread(**launch) for launch in launches))
+    spreads = tuple(Spread(**launch) for launch in launches)
+    numbers = (*chain(*shapes), cluster, *chain.from_iterable(map(astuple, spreads)))
+    if not isinstance(block, str) or any(type(number) is not int or number < 1 for number in numbers):
+        raise ValueError(f"{block!r}: every number must be a positive integer")
+    if cluster not in CLUSTER_SIZES:
+        raise ValueError(f"{block!r}: a cluster has {CLUSTER_SIZES} CTAs, not {cluster}")
+    return Choice(block, shapes, cluster, spreads)

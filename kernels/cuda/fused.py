@@ -18,6 +18,7 @@ from ..stacked import StackedWeight
 from ..types import AttentionSpec, AttentionWeights, MlpWeights, Weight, float_weight
 from .arguments import MAX_BATCH
 from .attention import HEAD_DIMS, MIN_BLOCK_SIZE
+from .choices import default_table
 from .launcher import CAPABILITY
 from .library import native_library
 from .ops import OPERATORS
@@ -151,12 +152,15 @@ def prepare_head(weight: Weight, *, keep: bool) -> Weight:
 
 @cache
 def _usable(device: torch.device) -> bool:
-    """A Hopper GPU, and kernels for it."""
-    return (
-        device.type == "cuda"
-        and torch.cuda.get_device_capability(device) == CAPABILITY
-        and native_library() is not None
-    )
+    """A Hopper GPU, and kernels for it.
+
+    Raises:
+        LaunchError: ``FUSELINE_LAUNCHES`` names a file that is no table: told while loading, not at the first decode.
+    """
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != CAPABILITY or native_library() is None:
+        return False
+    default_table()
+    return True
 
 
 def _packable(weight: Weight) -> bool:

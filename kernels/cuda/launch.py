@@ -68,13 +68,15 @@ class Problem:
 
 
 def plan_launch(library: CudaLibrary, problem: Problem, batch: int, table: LaunchTable) -> Launch:
-    """Choose for a batch on the current device, from the table if the device can run what it says.
+    """Choose for a batch on the current device, from the table as far as the device can run what it says.
 
     Raises:
         KernelArgumentError: the block fits in no way, even for one token.
         LaunchError: the device cannot run it.
     """
     choice = table.find(problem.name, problem.phases)
+    if choice is not None and shared_bytes(library, problem, 1, choice.cluster, MIN_STAGES) > MAX_SHARED_BYTES:
+        choice = None  # measured with other kernels: in these not even one token fits
     cluster, max_batch = choose_cluster(library, problem, CLUSTERS if choice is None else (choice.cluster,))
     taken, budget = min(batch, max_batch), HALF_SHARED_BYTES
     spread = None if choice is None else choice.spread(taken)
@@ -150,7 +152,7 @@ def most_stages(library: CudaLibrary, problem: Problem, batch: int, cluster: int
 def resident_clusters(
     library: CudaLibrary, problem: Problem, batch: int, cluster: int, stages: int, budget: int
 ) -> int:
-    """How many clusters the current device runs at once."""
+    """How many clusters the current device runs at once, and the kernel takes."""
     found: int = _limits(library, problem, batch, cluster, stages, budget).max_clusters
     return found
 
