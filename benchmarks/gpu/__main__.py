@@ -1,13 +1,15 @@
 """Checks and measures the GPU kernels.
 
-    python -m benchmarks.gpu [--parts environment,correctness,...] [--out FOLDER]
+    python -m benchmarks.gpu [--parts check,time,tune] [--out FOLDER]
 
-Exits with 1 when any result is wrong. Writes ``gpu.json`` and, with matplotlib, ``gpu.svg``.
+Exits with 0 when all is right, 1 when a result is wrong, 2 without a GPU, and 3 when nothing is wrong but something
+failed or did not run. Writes ``gpu.json``, with matplotlib ``gpu.svg``, and after ``tune`` ``launches.json``.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import signal
 import sys
 from pathlib import Path
 
@@ -27,7 +29,13 @@ def find_fuseline() -> None:
         spec.loader.exec_module(module)
 
 
+def end_on_sigterm() -> None:
+    """Let SIGTERM unwind the stack, so that what this process watches (``watch.run_watched``) ends with it."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
 if __name__ == "__main__":
+    end_on_sigterm()
     find_fuseline()
     from .suite import main
 

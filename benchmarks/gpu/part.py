@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .__main__ import find_fuseline
+from .__main__ import end_on_sigterm, find_fuseline
 
 
 def run(name: str, path: Path, device: str, clusterfusion: Path | None = None) -> None:
@@ -36,5 +36,6 @@ if __name__ == "__main__":
     parser.add_argument("--device", required=True)
     parser.add_argument("--clusterfusion", type=Path)
     options = parser.parse_args()
+    end_on_sigterm()
     find_fuseline()
     run(options.name, options.file, options.device, options.clusterfusion)

@@ -29,7 +29,7 @@ from .blocks import BLOCK_SIZE, EPS, Bench, Figure
 from .cases import TINY
 from .device import Device
 from .shapes import BATCHES, CONTEXTS, SHAPES
-from .watch import run_watched
+from .watch import GRACE_S, run_watched
 
 SANITIZER_LIMIT_S = 60.0
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
@@ -45,6 +45,7 @@ class Run:
         clusterfusion: a checkout of the public kernels.
         wrong: every wrong result found so far, in words.
         failed: whatever raised an error instead of giving a result, in words.
+        latest: the last result that was kept.
     """
 
     device: Device
@@ -53,6 +54,7 @@ class Run:
     clusterfusion: Path | None = None
     wrong: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
+    latest: Any = None
 
     @cached_property
     def bytes_per_s(self) -> float:
@@ -61,6 +63,7 @@ class Run:
 
     def keep(self, result: Any) -> None:
         """Write down what there is: whatever happens next, it is not lost."""
+        self.latest = result
         report.write_json(self.path, {"result": result, "wrong": self.wrong, "failed": self.failed})
 
     def attempt(self, name: str, work: Callable[[], Any]) -> Any:
@@ -75,6 +78,7 @@ class Run:
         except (RuntimeError, KernelArgumentError) as error:
             self.failed.append(f"{name}: {type(error).__name__}: {str(error)[:500]}")
             print(f"   FAILED {self.failed[-1]}", flush=True)
+            self.keep(self.latest)
             self.device.check()
             return None
 
@@ -143,6 +147,8 @@ def sanitize(run: Run) -> dict[str, Any]:
     tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if tool is None or run.tiny:
         print("skipped: no compute-sanitizer")
+        if not run.tiny:
+            run.failed.append("compute-sanitizer is not installed")
         return {"skipped": "no compute-sanitizer"}
     found = {}
     for name in TOOLS:
@@ -151,6 +157,8 @@ def sanitize(run: Run) -> dict[str, Any]:
         print(f"{name}: {found[name]}", flush=True)
         if found[name] == "errors":
             run.wrong.append(f"compute-sanitizer: {name} found errors")
+        elif found[name] != "clean":
+            run.failed.append(f"compute-sanitizer: {name} {found[name]}")
         run.keep(found)
     return found
 
@@ -158,17 +166,27 @@ def sanitize(run: Run) -> dict[str, Any]:
 def _sanitize_with(command: list[str]) -> str:
     environment = {**os.environ, "FUSELINE_CUDA_LIBRARY": str(load_library().path)}
     lines: list[str] = []
-    done = run_watched(command, SANITIZER_LIMIT_S, SANITIZER_LIMIT_S, lines.append, report.ROOT, environment)
+    limits = (SANITIZER_LIMIT_S, SANITIZER_LIMIT_S)
+    # It ends sooner than whoever watches this part waits for it.
+    done = run_watched(command, *limits, lines.append, report.ROOT, environment, grace_s=GRACE_S / 4)
     if done.exit_code == 7:
         print("\n".join(lines[-60:]))
         return "errors"
     return "clean" if not done.problem else f"did not run: {done.problem}; {done.last_line[-300:]}"
 
 
+def build_clusterfusion(run: Run) -> None:
+    """Compiles the public kernels: for minutes, in which nothing is said, and which no part that times has."""
+    if run.clusterfusion is not None:
+        public.load(run.clusterfusion)
+
+
 def time_blocks(block: str, run: Run) -> list[dict[str, Any]]:
     """One block at every shape, batch and context; with attention the whole layer too."""
     pieces = baselines.elementwise(run.device.torch)
-    extension = None if run.clusterfusion is None else public.load(run.clusterfusion)
+    extension = None
+    if block == "attention" and run.clusterfusion is not None:
+        extension = run.attempt("public ClusterFusion, built before", partial(public.load, run.clusterfusion))
     figures: list[dict[str, Any]] = []
     targets_first = sorted(SHAPES, key=lambda shape: shape.name not in report.TARGET_SHAPES)
     for shape in (TINY,) if run.tiny else targets_first:
@@ -277,6 +295,7 @@ PARTS = {
     "check-head": Part(partial(check, "head"), 60),
     "check-attention": Part(partial(check, "attention"), 120),
     "check-replays": Part(partial(check, "replays"), 60),
+    "clusterfusion": Part(build_clusterfusion, 240, 240),
     "time-mlp": Part(partial(time_blocks, "mlp"), 90),
     "time-attention": Part(partial(time_blocks, "attention"), 180),
     "time-head": Part(partial(time_blocks, "head"), 60),

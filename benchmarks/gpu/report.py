@@ -87,7 +87,9 @@ def targets(results: dict[str, Any]) -> list[tuple[str, float, float, bool]]:
             )
     for kind, wanted in TARGET_COLLECTIVES.items():
         ratios = [
-            row["speedup"] for row in results.get("collectives", ()) if row["kind"] == kind and row["of_target"]
+            row["speedup"]
+            for row in results.get("collectives") or ()  # None if the part found nothing
+            if row["kind"] == kind and row["of_target"]
         ]
         if ratios:
             judged.append((f"{kind} of 256 KB: over off-chip", max(ratios), wanted, max(ratios) >= wanted))

@@ -35,7 +35,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         epilog="Exit code: 0 all right, 1 something wrong, 2 no GPU, 3 nothing wrong but something did not run.",
     )
     parser.add_argument(
-        "--parts", type=_parts, default=tuple(PARTS), help=f"some of {','.join(PARTS)}, or their first words"
+        "--parts",
+        type=_parts,
+        default=tuple(PARTS),
+        help=f"some of {','.join(PARTS)}, or their first words; environment always runs",
     )
     parser.add_argument(
         "--out", type=Path, default=DEFAULT_OUT, help="folder for gpu.json, gpu.svg and launches.json"
@@ -63,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results |= {"wrong": [], "failed": [], "skipped": []}
     end = time.monotonic() + options.limit_s
     usable = True
-    for name in options.parts:
+    for name in _selected(options):
         if not usable or end - time.monotonic() < MIN_PART_S:
             results["skipped"].append(name)
             report.write_json(options.out / "gpu.json", results)
@@ -72,12 +75,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"== {name}", flush=True)
         well = gather(results, name, options, end - began)
         usable = well or name != "environment"  # without the kernels nothing else says anything
+        if name == "clusterfusion" and not well:
+            options.clusterfusion = None  # or timing would begin to build it again, and say nothing meanwhile
         results["seconds"][name] = round(time.monotonic() - began, 1)
         report.write_json(options.out / "gpu.json", results)
     if results["blocks"] and results.get("environment"):
         report.draw(options.out / "gpu.svg", results)
-    if results.get("tune"):
-        report.write_json(options.out / "launches.json", results["tune"]["table"])  # for FUSELINE_LAUNCHES
+    if launches := (results.get("tune") or {}).get("table"):
+        report.write_json(options.out / "launches.json", launches)  # for FUSELINE_LAUNCHES
     print(summary(results))
     if results["wrong"]:
         return WRONG
@@ -125,11 +130,20 @@ def _echo(line: str) -> None:
     print(line, flush=True)
 
 
+def _selected(options: argparse.Namespace) -> list[str]:
+    """The parts to run; the public kernels are built if there is a checkout and they are to be timed."""
+    compared = options.clusterfusion is not None and "time-attention" in options.parts
+    return [name for name in PARTS if (compared if name == "clusterfusion" else name in options.parts)]
+
+
 def _parts(text: str) -> tuple[str, ...]:
-    """Names of parts, or what is in front of the dash in them, as those in the order in which they run."""
+    """Names of parts, or what is in front of the dash in them, as those in the order in which they run.
+
+    With ``environment`` always: it compiles the kernels, for which no other part has the time.
+    """
     names = set(filter(None, text.split(",")))
     groups = {name: {name, name.partition("-")[0]} for name in PARTS}
     unknown = names.difference(*groups.values())
     if unknown or not names:
         raise argparse.ArgumentTypeError(f"parts are {','.join(PARTS)}; not {','.join(unknown) or 'nothing'}")
-    return tuple(name for name, group in groups.items() if group & names)
+    return tuple(name for name, group in groups.items() if group & names or name == "environment")

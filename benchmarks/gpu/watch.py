@@ -19,6 +19,8 @@ from pathlib import Path
 
 # A process killed in the middle of a kernel stays until the driver has stopped it.
 REAP_S = 20.0
+# For what a command itself watches, which is in a group of its own, and which only the command can end.
+GRACE_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +45,12 @@ def run_watched(
     echo: Callable[[str], object] = print,
     cwd: Path | None = None,
     environment: Mapping[str, str] | None = None,
+    grace_s: float = GRACE_S,
 ) -> Outcome:
     """Run a command, handing on its output line by line, for at most ``limit_s``, and ``quiet_s`` without a line.
 
-    What the command started and left behind is killed with it.
+    Whatever happens, also where ``echo`` or a signal handler raises, neither the command nor what it started in its
+    process group is there afterwards: on SIGTERM it has ``grace_s`` to end, and is killed then.
     """
     process = subprocess.Popen(
         command,
@@ -60,26 +64,39 @@ def run_watched(
     )
     lines: queue.Queue[str | None] = queue.Queue()
     threading.Thread(target=_read, args=(process, lines), daemon=True).start()
+    try:
+        return _watch(process, lines, limit_s, quiet_s, echo)
+    finally:
+        _kill(process, grace_s)
+
+
+def _watch(
+    process: subprocess.Popen[str],
+    lines: queue.Queue[str | None],
+    limit_s: float,
+    quiet_s: float,
+    echo: Callable[[str], object],
+) -> Outcome:
+    """How it ended; without an exit code it may still be there."""
     end, last = time.monotonic() + limit_s, ""
-    while True:
-        left = end - time.monotonic()
+    while (left := end - time.monotonic()) > 0:
         try:
-            line = lines.get(timeout=max(0.0, min(quiet_s, left)))
+            line = lines.get(timeout=min(quiet_s, left))
         except queue.Empty:
-            _kill(process)
-            problem = f"not done in {limit_s:.0f} s" if left <= quiet_s else f"no output for {quiet_s:.0f} s"
-            return Outcome(None, problem, last)
+            if quiet_s < left:
+                return Outcome(None, f"no output for {quiet_s:.0f} s", last)
+            continue
         if line is None:
             return _end(process, last)
         last = line.strip() or last
         echo(line)
+    return Outcome(None, f"not done in {limit_s:.0f} s", last)
 
 
 def _end(process: subprocess.Popen[str], last: str) -> Outcome:
     try:
         code = process.wait(REAP_S)
     except subprocess.TimeoutExpired:
-        _kill(process)
         return Outcome(None, "closed its output but did not end", last)
     if code < 0:
         return Outcome(code, f"ended by {signal.Signals(-code).name}", last)
@@ -93,8 +110,12 @@ def _read(process: subprocess.Popen[str], lines: queue.Queue[str | None]) -> Non
     lines.put(None)
 
 
-def _kill(process: subprocess.Popen[str]) -> None:
+def _kill(process: subprocess.Popen[str], grace_s: float) -> None:
+    """End the command's process group, or what an ended command has left of it."""
     with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(grace_s)
         os.killpg(process.pid, signal.SIGKILL)
     with suppress(subprocess.TimeoutExpired):  # the driver still holds it; what comes next finds out
         process.wait(REAP_S)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -153,6 +154,7 @@ def test_targets_are_judged_where_they_are_set() -> None:
     ]
     collectives = [{"kind": "reduce", "of_target": True, "speedup": 2.5}, {"kind": "gather", "of_target": False}]
     judged = report.targets({"blocks": blocks, "collectives": collectives})
+    assert report.targets({"blocks": blocks, "collectives": None}) == judged[:-1]
     assert [(met, wanted) for _, _, wanted, met in judged] == [
         (True, 1.15),
         (False, 1.15),
@@ -169,7 +171,8 @@ def test_tables_line_up() -> None:
 
 def test_parts_are_selectable_and_run_in_order() -> None:
     assert suite.parse(["--parts", "time-head,environment"]).parts == ("environment", "time-head")
-    assert suite.parse(["--parts", "time"]).parts == ("time-mlp", "time-attention", "time-head")
+    times = ("time-mlp", "time-attention", "time-head")
+    assert suite.parse(["--parts", "time"]).parts == ("environment", *times), "it builds the kernels"
     for wrong in ("everything", "time,mlp", ""):
         with pytest.raises(SystemExit):
             suite.parse(["--parts", wrong])
@@ -220,11 +223,12 @@ def test_a_baseline_that_does_not_run_leaves_our_own_figure(
 
 def as_ended(endings: Mapping[str, tuple[dict[str, Any] | None, str]]) -> Callable[..., watch.Outcome]:
     """Stands in for processes: what each part leaves in its file, and how it ends."""
+    parts = {"environment": (found(None), ""), **endings}
 
     def run_watched(command: list[str], *_: Any) -> watch.Outcome:
-        found, problem = endings[command[command.index("benchmarks.gpu.part") + 1]]
-        if found is not None:
-            Path(command[command.index("--file") + 1]).write_text(json.dumps(found))
+        left, problem = parts[command[command.index("benchmarks.gpu.part") + 1]]
+        if left is not None:
+            Path(command[command.index("--file") + 1]).write_text(json.dumps(left))
         return watch.Outcome(None if problem else 0, problem, "the last case")
 
     return run_watched
@@ -262,6 +266,38 @@ def test_a_wrong_result_is_the_exit_code(
     assert "WRONG rotary is off" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("problem", ["", "exit code 1"])
+def test_the_public_kernels_are_built_before_they_are_timed_or_not_timed(
+    problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = as_ended({"clusterfusion": (None, problem), "time-attention": (found([]), "")})
+    commands: list[list[str]] = []
+
+    def run_watched(command: list[str], *rest: Any) -> watch.Outcome:
+        commands.append(command)
+        return ended(command, *rest)
+
+    monkeypatch.setattr(suite, "run_watched", run_watched)
+    options = ["--device", "cpu", "--parts", "time-attention", "--out", str(tmp_path)]
+    suite.main([*options, "--clusterfusion", str(tmp_path)])
+    parts_of = [(command[4], "--clusterfusion" in command) for command in commands]
+    assert parts_of == [("environment", True), ("clusterfusion", True), ("time-attention", not problem)]
+    commands.clear()
+    suite.main(options)
+    assert [command[4] for command in commands] == ["environment", "time-attention"]
+
+
+@pytest.mark.parametrize("table", [[], [{"block": "mlp"}]])
+def test_launches_are_written_if_any_were_found(
+    table: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(suite, "run_watched", as_ended({"tune": (found({"trials": [], "table": table}), "")}))
+    assert suite.main(["--device", "cpu", "--parts", "tune", "--out", str(tmp_path)]) == 0
+    path = tmp_path / "launches.json"
+    assert (json.loads(path.read_text()) if path.exists() else []) == table
+    assert path.exists() == bool(table)
+
+
 def test_without_the_kernels_nothing_else_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suite, "run_watched", as_ended({"environment": (None, "exit code 1")}))
     options = ["--device", "cpu", "--parts", "environment,dsmem", "--out", str(tmp_path)]
@@ -289,6 +325,40 @@ def test_an_error_in_one_case_is_noted_and_the_next_one_runs(tmp_path: Path) -> 
         "wrong": [],
         "failed": ["first: LaunchError: too many resources requested"],
     }
+
+
+def test_a_fault_of_the_device_leaves_what_was_found(tmp_path: Path) -> None:
+    class Broken(CpuDevice):
+        def check(self) -> None:
+            raise RuntimeError("an illegal memory access was encountered")
+
+    run = parts.Run(Broken(), tiny=True, path=tmp_path / "found.json")
+    run.keep([3])
+
+    def fault() -> None:
+        raise RuntimeError("unspecified launch failure")
+
+    with pytest.raises(RuntimeError, match="illegal"):
+        run.attempt("second", fault)
+    assert json.loads(run.path.read_text()) == {
+        "result": [3],
+        "wrong": [],
+        "failed": ["second: RuntimeError: unspecified launch failure"],
+    }
+
+
+@pytest.mark.parametrize(("code", "wrong", "failed"), [(0, 0, 0), (7, len(parts.TOOLS), 0), (1, 0, len(parts.TOOLS))])
+def test_a_sanitizer_that_did_not_run_is_no_success(
+    code: int, wrong: int, failed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f"#!/bin/sh\nexit {code}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(parts, "load_library", lambda: SimpleNamespace(path=tmp_path / "kernels.so"))
+    run = parts.Run(CpuDevice(), tiny=False, path=tmp_path / "found.json")
+    parts.sanitize(run)
+    assert (len(run.wrong), len(run.failed)) == (wrong, failed)
 
 
 def test_it_starts_where_fuseline_is_not_installed() -> None:
