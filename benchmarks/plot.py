@@ -73,13 +73,15 @@ def draw_rates(axes: Any, rates: list[dict[str, Any]], metric: str, title: str) 
 
 
 def draw_peers(axes: Any, result: dict[str, Any], model: str, metric: str) -> None:
-    """The best mode of each runtime, by kind of weights; a line above is what memory allows."""
+    """The best mode of each runtime, by kind of weights; a line above is what memory allows, if it is in sight."""
     kinds = ("float", "8 bit", "4 bit")
+    highest = 0.0
     for number, kind in enumerate(kinds):
         best: dict[str, float] = {}
         for row in result["rows"]:
             if (row["model"], row["kind"]) == (model, kind) and metric in row["rates"]:
                 best[row["peer"]] = max(best.get(row["peer"], 0.0), row["rates"][metric]["median"])
+        highest = max(highest, *best.values(), 0.0)
         width = 0.84 / max(1, len(best))
         for place, peer in enumerate(name for name in PEER_COLORS if name in best):
             axes.bar(number - 0.42 + (place + 0.5) * width, best[peer], width, color=PEER_COLORS[peer])
@@ -88,7 +90,7 @@ def draw_peers(axes: Any, result: dict[str, Any], model: str, metric: str) -> No
             if same and floor["tokens_per_s"] is not None:
                 axes.hlines(floor["tokens_per_s"], number - 0.42, number + 0.42, color="black", linewidth=1)
     axes.set_xticks(range(len(kinds)), kinds, fontsize=8)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.4 * highest if highest else None)
     axes.tick_params(labelsize=8)
 
 
