@@ -135,12 +135,13 @@ async def test_a_port_in_use_is_told(decode: Worker) -> None:
 
 async def test_draining_lets_requests_finish_and_admits_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     async with worker(WorkerRole.DECODE) as draining:
+        waiting = await open_decode(draining, make_request(fresh_prompt(50)))  # for KV that does not come
         running = asyncio.create_task(compute_locally(draining, make_request(fresh_prompt(50), max_tokens=300)))
         await draining.until(lambda stats: stats.num_running > 0)
         with monkeypatch.context() as patch:
             patch.setattr(status, "ANSWER_MARGIN_S", PATIENTLY_S)  # so that it answers before anything is done
             slow = await draining.worker.Drain(worker_pb2.DrainWorkerRequest(), timeout=PATIENTLY_S)
-        assert slow.num_left == 1
+        assert 1 <= slow.num_left <= 2
         drain = asyncio.ensure_future(draining.worker.Drain(worker_pb2.DrainWorkerRequest(), timeout=30))
         with pytest.raises(grpc.RpcError) as caught:
             await compute_locally(draining, make_request([1]))
@@ -148,4 +149,6 @@ async def test_draining_lets_requests_finish_and_admits_no_more(monkeypatch: pyt
         assert (await draining.snapshot()).draining
         assert await draining.health("") == health_pb2.HealthCheckResponse.NOT_SERVING
         assert len((await running).token_ids) == 300
+        assert not drain.done()
+        waiting.call.cancel()
         assert (await drain).num_left == 0
