@@ -21,7 +21,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -79,7 +79,7 @@ class Figure:
 Ask = Callable[[Arrival], AsyncIterator[None]]
 
 
-def arrivals(rate: float, number: int, seed: int) -> list[Arrival]:
+def arrivals(rate: float, number: int, seed: Sequence[int]) -> list[Arrival]:
     """The same for the same arguments."""
     draw = np.random.default_rng(seed)
     moments = np.cumsum(draw.exponential(1 / rate, number))
@@ -241,9 +241,10 @@ async def measure(arguments: argparse.Namespace) -> list[Figure]:
     for number in range(arguments.rounds):
         for name in arguments.servers:
             async with SERVERS[name](model, arguments) as ask:
-                await run_load(ask, arrivals(1.0, 4, seed=1_000_000))
-                for rate in arguments.rates:
-                    found = await run_load(ask, arrivals(rate, arguments.requests, seed=number))
+                await run_load(ask, arrivals(1.0, 4, seed=(number, 0)))
+                for index, rate in enumerate(arguments.rates, start=1):
+                    # New prompts for each, lest the second rate find them in the prefix cache.
+                    found = await run_load(ask, arrivals(rate, arguments.requests, seed=(number, index)))
                     answers.setdefault((name, rate), []).extend(found)
                     figure = summarise(name, rate, found, arguments)
                     print(f"round {number + 1}, {shown(figure)}", flush=True)
