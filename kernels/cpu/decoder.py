@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import is_not
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -73,35 +73,51 @@ class DecoderPlan:
     rotary_scaling: float = 1.0
 
 
-@dataclass(eq=False, slots=True)
-class CpuStep:
-    """A step under way: its description for the native code, and the tensors that it points to.
+class _Given(NamedTuple):
+    """The tensors that a step is described by; see ``CpuDecoder.begin``."""
 
-    Attributes:
-        residual, delta: float32[T, H], the stream between ops.
-        output: what the last op writes: float32[S, V], or float32[T, H] without a head.
-    """
-
-    native: NativeStep
-    residual: Tensor
-    delta: Tensor
-    output: Tensor
-    keeps: tuple[object, ...]
+    positions: Tensor
+    slot_mapping: Tensor
+    query_start: Tensor
+    context_lens: Tensor
+    block_tables: Tensor
+    kv_cache: Tensor
+    token_ids: Tensor | None
+    hidden: Tensor | None
+    logits_indices: Tensor
+    inv_freq: Tensor
 
 
 @dataclass(eq=False, frozen=True, slots=True)
-class _Layout:
+class StepLayout:
     """All of a step's description that follows from which tensors it was given, and not from what they hold.
 
-    ``native`` has three fields beside that are set anew for each step: ``output``, ``prepared`` and ``has_delta``.
+    Attributes:
+        given: what ``native`` points to; kept for that.
+        native: for the native code; ``output``, ``prepared`` and ``has_delta`` are set anew for each step.
+        residual, delta: float32[T, H], the stream between ops.
+        rotary: float32[2, T, D / 2], cosines and sines.
+        num_rows: of the output.
     """
 
-    given: tuple[object, ...]
+    given: _Given
     native: NativeStep
     residual: Tensor
     delta: Tensor
     rotary: Tensor
     num_rows: int
+
+
+@dataclass(eq=False, slots=True)
+class CpuStep:
+    """A step under way.
+
+    Attributes:
+        output: what the last op writes: float32[S, V], or float32[T, H] without a head.
+    """
+
+    layout: StepLayout
+    output: Tensor
 
 
 class CpuDecoder:
@@ -147,7 +163,9 @@ class CpuDecoder:
         if all_reduce is not None:
             model.all_reduce, model.all_reduce_handle = all_reduce.function, all_reduce.handle
         self._all_reduce = all_reduce  # keeps its owner
-        self._layout: _Layout | None = None  # of the last step, if the next one is likely to have the same
+        # Of the last step, if the next one is likely to have the same. One will do: microbatches of pipeline stages
+        # alternate between buffers, but then the later stages, given new hidden states, describe every step anew.
+        self._layout: StepLayout | None = None
         self._step: CpuStep | None = None  # the last that began: steps of one layout share its memory
         library.fl_cpu_decoder_create.restype = ctypes.c_void_p
         handle = library.fl_cpu_decoder_create(ctypes.byref(model))
@@ -186,70 +204,78 @@ class CpuDecoder:
         Raises:
             KernelArgumentError: shapes, dtypes or strides do not fit.
         """
-        tensors = (step.positions, step.slot_mapping, step.query_start, step.context_lens, step.block_tables)
-        given = (*tensors, kv_cache, token_ids, hidden, logits_indices, inv_freq)
+        given = _Given(
+            step.positions,
+            step.slot_mapping,
+            step.query_start,
+            step.context_lens,
+            step.block_tables,
+            kv_cache,
+            token_ids,
+            hidden,
+            logits_indices,
+            inv_freq,
+        )
         layout = self._layout
         if layout is None or any(map(is_not, layout.given, given)):
-            check_step(step, kv_cache)
-            native, residual = self._describe(step, kv_cache, token_ids, hidden, logits_indices, inv_freq)
-            layout = self._lay_out(given, native, residual)
+            layout = self._lay_out(step, given)
             self._layout = layout if self._embeds and step.max_query_len == 1 else None
         else:
             check_lengths(step, kv_cache.shape[4])
         output = torch.empty(layout.num_rows, self._width)
         native = layout.native
         native.output, native.prepared, native.has_delta = output.data_ptr(), 0, 0
-        self._step = CpuStep(native, layout.residual, layout.delta, output, (step, layout))
+        self._step = CpuStep(layout, output)
         return self._step
 
-    def _describe(
-        self,
-        step: StepMetadata,
-        kv_cache: Tensor,
-        token_ids: Tensor | None,
-        hidden: Tensor | None,
-        logits_indices: Tensor,
-        inv_freq: Tensor,
-    ) -> tuple[NativeStep, Tensor]:
-        """What was given, for the native code, and the residual stream to begin with."""
-        self._check_cache(kv_cache)
+    def _lay_out(self, step: StepMetadata, given: _Given) -> StepLayout:
+        """Check and describe what was given, with memory for what the step computes but for its output."""
+        check_step(step, given.kv_cache)
+        self._check_cache(given.kv_cache)
         num_tokens, half = step.num_tokens, self._head_dim // 2
         if self._embeds:
             residual = torch.empty(num_tokens, self._hidden)
-            _check_index("token_ids", token_ids, num_tokens)
+            _check_index("token_ids", given.token_ids, num_tokens)
         else:
-            _check_floats("hidden", hidden, (num_tokens, self._hidden))
-            residual = hidden.clone()  # type: ignore[union-attr]  # checked
-        _check_index("logits_indices", logits_indices, None)
-        per_token = inv_freq.dim() == 2
-        _check_floats("inv_freq", inv_freq, (num_tokens, half) if per_token else (half,))
+            _check_floats("hidden", given.hidden, (num_tokens, self._hidden))
+            residual = given.hidden.clone()  # type: ignore[union-attr]  # checked
+        _check_index("logits_indices", given.logits_indices, None)
+        per_token = given.inv_freq.dim() == 2
+        _check_floats("inv_freq", given.inv_freq, (num_tokens, half) if per_token else (half,))
+        _check_contiguous(given)
+        delta, rotary = torch.empty_like(residual), torch.empty(2, num_tokens, half)
+        num_logits = given.logits_indices.shape[0]
         native = NativeStep(
             num_tokens=num_tokens,
             num_seqs=step.num_seqs,
-            num_logits=logits_indices.shape[0],
-            token_ids=None if token_ids is None else token_ids.data_ptr(),
-            logits_indices=logits_indices.data_ptr(),
-            inv_freq=inv_freq.data_ptr(),
+            num_logits=num_logits,
+            token_ids=None if given.token_ids is None else given.token_ids.data_ptr(),
+            positions=given.positions.data_ptr(),
+            slots=given.slot_mapping.data_ptr(),
+            logits_indices=given.logits_indices.data_ptr(),
+            query_start=given.query_start.data_ptr(),
+            context_lens=given.context_lens.data_ptr(),
+            block_tables=given.block_tables.data_ptr(),
+            table_stride=given.block_tables.stride(0),
+            inv_freq=given.inv_freq.data_ptr(),
             inv_freq_stride=half if per_token else 0,
+            cos=rotary[0].data_ptr(),
+            sin=rotary[1].data_ptr(),
+            residual=residual.data_ptr(),
+            delta=delta.data_ptr(),
+            kv_data=given.kv_cache.data_ptr(),
+            num_blocks=given.kv_cache.shape[2],
+            block_size=given.kv_cache.shape[4],
+            kv_dtype=KV_DTYPES[given.kv_cache.dtype],
         )
-        _describe_step(native, step, kv_cache)
-        return native, residual
-
-    def _lay_out(self, given: tuple[object, ...], native: NativeStep, residual: Tensor) -> _Layout:
-        """Memory for what a step computes, but for its output, which outlives it."""
-        delta = torch.empty_like(residual)
-        rotary = torch.empty(2, native.num_tokens, self._head_dim // 2)
-        native.residual, native.delta = residual.data_ptr(), delta.data_ptr()
-        native.cos, native.sin = rotary[0].data_ptr(), rotary[1].data_ptr()
-        num_rows = native.num_logits if self._has_head else native.num_tokens
-        return _Layout(given, native, residual, delta, rotary, num_rows)
+        return StepLayout(given, native, residual, delta, rotary, num_logits if self._has_head else num_tokens)
 
     def run(self, step: CpuStep, begin: int, end: int) -> Tensor:
         """Run ops ``[begin, end)``, the next ones of the step.
 
         Returns:
-            What the last of them left: ``step.residual`` after the input, ``step.delta`` after a block (both to be
-            all-reduced by the caller when there is something to reduce and no ``all_reduce`` was given), else
+            What the last of them left: the layout's ``residual`` after the input, its ``delta`` after a block (both
+            to be all-reduced by the caller when there is something to reduce and no ``all_reduce`` was given), else
             ``step.output``.
 
         Raises:
@@ -262,12 +288,12 @@ class CpuDecoder:
             raise KernelArgumentError(f"ops [{begin}, {end}) are not among {self.num_ops}")
         if step is not self._step:
             raise KernelArgumentError("another step has begun")
-        status = self._run(self._handle, ctypes.addressof(step.native), begin, end)
+        status = self._run(self._handle, ctypes.addressof(step.layout.native), begin, end)
         if status != 0:
             raise _failure(status)
         if end == self.num_ops:
             return step.output
-        return step.residual if end == 1 else step.delta
+        return step.layout.residual if end == 1 else step.layout.delta
 
     def _layer(self, layer: LayerPlan) -> NativeLayer:
         spec, attention, mlp = layer.spec, layer.attention, layer.mlp
@@ -342,22 +368,12 @@ def _failure(status: int) -> Exception:
     return MemoryError("no memory for the intermediate results of a step")
 
 
-def _describe_step(native: NativeStep, step: StepMetadata, kv_cache: Tensor) -> None:
+def _check_contiguous(given: _Given) -> None:
     for name in ("positions", "slot_mapping", "query_start", "context_lens"):
-        if not getattr(step, name).is_contiguous():
+        if not getattr(given, name).is_contiguous():
             raise KernelArgumentError(f"{name} must be contiguous")
-    if step.block_tables.shape[1] > 1 and step.block_tables.stride(1) != 1:
+    if given.block_tables.shape[1] > 1 and given.block_tables.stride(1) != 1:
         raise KernelArgumentError("rows of block_tables must be contiguous")
-    native.positions = step.positions.data_ptr()
-    native.slots = step.slot_mapping.data_ptr()
-    native.query_start = step.query_start.data_ptr()
-    native.context_lens = step.context_lens.data_ptr()
-    native.block_tables = step.block_tables.data_ptr()
-    native.table_stride = step.block_tables.stride(0)
-    native.kv_data = kv_cache.data_ptr()
-    native.num_blocks = kv_cache.shape[2]
-    native.block_size = kv_cache.shape[4]
-    native.kv_dtype = KV_DTYPES[kv_cache.dtype]
 
 
 def _check_plan(plan: DecoderPlan) -> None:

@@ -159,7 +159,7 @@ def test_ops_one_by_one_are_the_step(library: ctypes.CDLL) -> None:
     step = runner.begin([(Sequence(prompt), len(prompt)) for prompt in prompts])
     for op in range(runner.decoder.num_ops):
         result = runner.decoder.run(step, op, op + 1)
-        assert result is (step.residual if op == 0 else step.delta) or op == runner.decoder.num_ops - 1
+        assert result is (step.layout.residual if op == 0 else step.layout.delta) or op == runner.decoder.num_ops - 1
     assert torch.equal(result, torch.cat(whole))
     runner.begin([(Sequence(prompts[0]), 1)])
     with pytest.raises(KernelArgumentError, match="another step has begun"):
