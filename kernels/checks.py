@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from .cuda.packing import PackedWeight
 from .errors import KernelArgumentError
+from .packed import PackedWeight
 from .quantized import QuantizedWeight
 from .reference.attention_plan import AttentionPlan, KvGeometry
 from .stacked import StackedWeight

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .cuda.packing import PackedWeight
 from .errors import KernelArgumentError
+from .packed import PackedWeight
 from .quantized import QuantizedWeight
 from .stacked import StackedWeight
 

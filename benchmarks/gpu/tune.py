@@ -19,7 +19,7 @@ from fuseline.kernels.cuda.launcher import Launcher
 from fuseline.kernels.cuda.layout import MAX_SHARED_BYTES
 from fuseline.kernels.cuda.library import CudaLibrary
 from fuseline.kernels.cuda.mlp import mlp_block, mlp_problem
-from fuseline.kernels.cuda.packing import pack
+from fuseline.kernels.packed import pack
 
 from .blocks import BLOCK_SIZE, EPS, DecodeInputs
 from .device import Device

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from ..cuda.packing import PackedWeight
 from ..errors import KernelArgumentError
+from ..packed import PackedWeight
 from ..quantized import QuantizedWeight
 from ..stacked import StackedWeight
 from ..types import Weight

@@ -35,7 +35,7 @@ def check_optional(
 
 
 def check_packed(name: str, packed: Tensor, rows: int, cols: int, device: torch.device) -> None:
-    """A bfloat16 weight [rows, cols] in the order of ``packing.pack``."""
+    """A bfloat16 weight [rows, cols] in the order of ``kernels.packed.pack``."""
     if rows % 16 or cols % 32:
         raise KernelArgumentError(f"{name}: [{rows}, {cols}] must be multiples of 16 rows and 32 columns")
     check_tensor(name, packed, (rows // 16, cols // 16, 32, 8), torch.bfloat16, device)

@@ -9,20 +9,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from typing import TypeGuard
 
 import torch
 
 from ..errors import KernelArgumentError
+from ..packed import STEP_COLS, UNIT_ROWS, PackedWeight
 from ..reference.attention_plan import AttentionPlan
-from ..stacked import StackedWeight
-from ..types import AttentionSpec, AttentionWeights, MlpWeights, Weight, float_weight
+from ..types import AttentionSpec, AttentionWeights, MlpWeights, Weight
 from .arguments import MAX_BATCH
 from .attention import HEAD_DIMS, MIN_BLOCK_SIZE
 from .choices import default_table
 from .launcher import CAPABILITY
 from .library import native_library
 from .ops import OPERATORS
-from .packing import STEP_COLS, UNIT_ROWS, PackedWeight
 
 Tensor = torch.Tensor
 
@@ -136,11 +136,7 @@ def prepare_attention(weights: AttentionWeights, spec: AttentionSpec) -> Attenti
 def prepare_mlp(weights: MlpWeights) -> MlpWeights:
     """See ``ops.prepare_mlp``."""
     gate_up, down = weights.gate_up, weights.down
-    if (
-        not (_packable(gate_up) and _packable(down))
-        or gate_up.shape[0] % (2 * UNIT_ROWS)
-        or down.shape[0] % UNIT_ROWS
-    ):
+    if not (_packable(gate_up) and _packable(down)):
         return weights
     return replace(weights, gate_up=_pack(gate_up, gate_up.shape[0]), down=_pack(down))
 
@@ -163,19 +159,23 @@ def _usable(device: torch.device) -> bool:
     return True
 
 
-def _packable(weight: Weight) -> bool:
-    """A weight that packs into whole slices, on a GPU that has kernels for it."""
+def _packable(weight: Weight) -> TypeGuard[Tensor]:
+    """A weight whose columns the CTAs of a cluster can share, on a GPU that has kernels for it.
+
+    Rows need no look: those of one weight of a block are columns of the other, or whole heads. Stacked weights are a
+    mapped checkpoint's, which only a CPU computes from.
+    """
     return (
-        isinstance(weight, Tensor | StackedWeight)
+        isinstance(weight, Tensor)
         and weight.dtype == torch.bfloat16
         and weight.shape[1] % (2 * STEP_COLS) == 0
         and _usable(weight.device)
     )
 
 
-def _pack(weight: Weight, group_rows: int = UNIT_ROWS, *, keep: bool = False) -> PackedWeight:
+def _pack(weight: Tensor, group_rows: int = UNIT_ROWS, *, keep: bool = False) -> PackedWeight:
     """Waits for the packing: a block begins to read weights before the kernel ahead of it has ended."""
-    packed = PackedWeight.of(float_weight(weight).contiguous(), group_rows, keep=keep)
+    packed = PackedWeight.of(weight.contiguous(), group_rows, keep=keep)
     if packed.device.type == "cuda":
         torch.cuda.synchronize(packed.device)
     return packed

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
+from ..packed import UNIT_ROWS, unpack
 from ..reference import attention_plan, blocks
 from ..reference.attention_plan import KvGeometry
 from ..types import AttentionSpec, AttentionWeights, MlpWeights, StepMetadata
 from . import attention, head, mlp
 from .attention import AttentionTensors
 from .launcher import default_launcher
-from .packing import UNIT_ROWS, unpack
 
 Tensor = torch.Tensor
 

@@ -21,7 +21,7 @@ from ..forward_batch import ForwardBatch
 from ..memory import lazy_zeros
 from ..weights import DecoderWeights
 from .config import DecoderConfig
-from .program import NativeProgram, make_program
+from .program import NativeProgram, make_program, prepare_weights
 
 Tensor = torch.Tensor
 
@@ -44,7 +44,7 @@ class DecoderModel:
         tp: Communicator,
     ) -> None:
         self.config = config
-        self.weights = weights
+        self.weights = weights = prepare_weights(weights)  # and forget those given, whose memory may be taken
         self._parallel = parallel
         self._rank = rank
         self._tp = tp

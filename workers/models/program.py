@@ -52,7 +52,7 @@ class StepProgram(Protocol):
 
 
 def make_program(config: DecoderConfig, weights: DecoderWeights, tp: Communicator) -> StepProgram:
-    """The fastest program that this machine runs the weights with."""
+    """The fastest program that this machine runs the weights with, which are as ``prepare_weights`` leaves them."""
     rotary = RotaryEmbedding(config.rope, config.head_dim, weights.layers[0].attention.norm.device)
     if weights.layers[0].attention.norm.device.type == "cpu" and (library := native_library()) is not None:
         plan = DecoderPlan(
@@ -107,7 +107,7 @@ class BlockProgram:
 
     def __init__(self, config: DecoderConfig, weights: DecoderWeights, rotary: RotaryEmbedding) -> None:
         self._config = config
-        self._weights = _prepared(weights)
+        self._weights = weights
         self._rotary = rotary
         self._windows = frozenset(layer.spec.sliding_window for layer in weights.layers)
         self._dtype = weights.layers[0].attention.norm.dtype
@@ -173,7 +173,7 @@ class BlockProgram:
         )
 
 
-def _prepared(weights: DecoderWeights) -> DecoderWeights:
+def prepare_weights(weights: DecoderWeights) -> DecoderWeights:
     """In the form that the ops are fastest with. They may take the memory of those given, but for the embedding."""
     layers = tuple(
         replace(layer, attention=ops.prepare_attention(layer.attention, layer.spec), mlp=ops.prepare_mlp(layer.mlp))

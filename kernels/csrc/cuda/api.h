@@ -4,7 +4,7 @@
 // launched. A struct whose `version` is not FL_CUDA_API is refused (cudaErrorInvalidValue), as are sizes that a kernel
 // was not made for; shapes, dtypes and devices of the pointers are the launcher's to check. Work is queued on `stream`
 // and can be captured in a graph. Floats called `bf16` are 16-bit patterns. Matrices called `packed` are in the order
-// of packing.h. No output may overlap an input unless a comment says so.
+// of kernels/packed.py. No output may overlap an input unless a comment says so.
 #pragma once
 
 #include <stdint.h>

@@ -10,7 +10,7 @@ import torch
 
 from fuseline.benchmarks.gpu.shapes import SHAPES, Shape
 from fuseline.kernels.cuda.header import read_headers
-from fuseline.kernels.cuda.packing import pack
+from fuseline.kernels.packed import pack
 from fuseline.tests.kernels.cuda.emulation import CUDA, Array, Emulation, aligned, build_kernels, from_bf16, to_bf16
 
 HEADER = read_headers(CUDA / "api.h")

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fuseline.kernels.cuda.header import read_headers
-from fuseline.kernels.cuda.packing import UNIT_ROWS, pack
+from fuseline.kernels.packed import UNIT_ROWS, pack
 from fuseline.tests.kernels.cuda.emulation import CUDA, Array, Broken, Emulation, build_kernels, from_bf16, to_bf16
 
 EPS = 1e-5

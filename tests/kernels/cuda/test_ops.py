@@ -15,9 +15,9 @@ from fuseline.kernels.cuda.arguments import MAX_BATCH, check_block_tables
 from fuseline.kernels.cuda.attention import AttentionTensors, check_attention
 from fuseline.kernels.cuda.mlp import check_mlp
 from fuseline.kernels.cuda.ops import OPERATORS, SCHEMAS
-from fuseline.kernels.cuda.packing import PackedWeight, pack
 from fuseline.kernels.errors import KernelArgumentError
 from fuseline.kernels.kv_rows import quantize_rows
+from fuseline.kernels.packed import PackedWeight, pack
 from fuseline.kernels.reference import blocks
 from fuseline.kernels.types import float_weight
 

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from fuseline.kernels.cuda import fused
-from fuseline.kernels.cuda.packing import PackedWeight
+from fuseline.kernels.packed import PackedWeight
 from fuseline.tests.checkpoints import build_model, write_checkpoint
 from fuseline.tests.workers.models.driver import run_group
 from fuseline.tests.workers.models.test_families import tokens
+from fuseline.workers.checkpoint import Checkpoint
 from fuseline.workers.models import program
 
 
@@ -33,9 +34,10 @@ def test_packed_weights_give_the_same_bits(tied: bool, tmp_path: Path, monkeypat
 
     def counted(weight: torch.Tensor, group_rows: int = 16, *, keep: bool = False) -> PackedWeight:
         packed.append((tuple(weight.shape), keep))
-        return pack(weight, group_rows, keep=True)  # the checkpoint is mapped: its pages cannot be written
+        return pack(weight, group_rows, keep=keep)
 
     monkeypatch.setattr(PackedWeight, "of", counted)
+    monkeypatch.setattr(Checkpoint, "view", lambda self, wanted, dtype: None)  # read, as for a GPU, not mapped
     for usable in (False, True):
         monkeypatch.setattr(fused, "_usable", lambda device, usable=usable: usable)
         with run_group(tmp_path, dtype="bfloat16", block_size=16) as driver:

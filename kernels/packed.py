@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ..errors import KernelArgumentError
+from .errors import KernelArgumentError
 
 Tensor = torch.Tensor
 UNIT_ROWS = 16
