@@ -22,11 +22,11 @@ from ..exchange import NativeAllReduce
 from ..kv_rows import row_width
 from ..stacked import StackedWeight
 from ..types import AttentionSpec, AttentionWeights, MlpWeights, StepMetadata, Weight
-from .linear import DTYPES, LinearWeight, describe_weight
+from .linear import DTYPES, QUANTIZED, LinearWeight, describe_weight
 from .structures import MAX_GATE_UP_PARTS, MAX_QKV_PARTS, NativeLayer, NativeModel, NativeStep
 
 Tensor = torch.Tensor
-KV_DTYPES = {**DTYPES, torch.int8: 3}
+KV_DTYPES = {**DTYPES, torch.int8: QUANTIZED[8]}
 _FAILURES = {
     -2: "a token id is outside the vocabulary",
     -3: "a slot is outside the KV cache",
