@@ -53,9 +53,14 @@ def test_any_shape_and_any_mix_of_chunks_agrees_with_float64(
     prompts = [draw_tokens(seed + i, length) for i, length in enumerate(lengths)]
     runner = Runner(library, plan, block_size, seed=seed, kv_dtype=shape.kv_dtype)
     results = random_schedule(runner, prompts, seed, max_chunk=20)
+    assert plan.embedding is not None
+    # In a tiny model a norm may make much of a rounding. As much as the exact logits move by one is allowed on top.
+    noise = torch.randn(plan.embedding.shape, generator=torch.Generator().manual_seed(seed))
+    nudged = replace(plan, embedding=plan.embedding.double() * (1 + 2**-24 * noise.double()))
     for prompt, logits in zip(prompts, results, strict=True):
         exact = written_out(plan, prompt, shape.cache_dtype)
-        assert relative_error(logits, exact) < TOLERANCE[shape.cache_dtype]
+        moved = relative_error(written_out(nudged, prompt, shape.cache_dtype), exact)
+        assert relative_error(logits, exact) < TOLERANCE[shape.cache_dtype] + 10 * moved
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
