@@ -6,7 +6,7 @@ import dataclasses
 import ipaddress
 from dataclasses import dataclass
 
-from ..runtime.config import CacheConfig, SchedulerConfig, check_kv_cache_dtype, check_quantization
+from ..runtime.config import KV_CACHE_DTYPES, QUANTIZATIONS, CacheConfig, SchedulerConfig, check_choice
 from ..runtime.errors import InvalidArgumentError
 from ..runtime.role import WorkerRole
 from ..runtime.sharding import ParallelConfig
@@ -31,16 +31,6 @@ def check_num_replicas(name: str, value: int, low: int) -> None:
             field=name,
             value=value,
             limit=f"{low}..{MAX_REPLICAS}",
-        )
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise InvalidArgumentError(
-            f"{name} must be one of {', '.join(choices)}; got {value!r}",
-            field=name,
-            value=value,
-            limit=", ".join(choices),
         )
 
 
@@ -151,10 +141,10 @@ class ClusterConfig:
     drain_timeout_s: float = 300.0
 
     def __post_init__(self) -> None:
-        _check_choice("dtype", self.dtype, DTYPES)
-        _check_choice("device", self.device, DEVICES)
-        check_quantization(self.quantization)
-        check_kv_cache_dtype(self.kv_cache_dtype)
+        check_choice("dtype", self.dtype, DTYPES)
+        check_choice("device", self.device, DEVICES)
+        check_choice("quantization", self.quantization, QUANTIZATIONS)
+        check_choice("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         check_num_replicas("decode", self.decode.num_replicas, 1)
         if not self.model:
             raise InvalidArgumentError("model must not be empty", field="model", value=self.model)

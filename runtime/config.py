@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from .errors import InvalidArgumentError
@@ -14,29 +15,16 @@ KV_CACHE_DTYPES = ("auto", "int8")
 """What ``--kv-cache-dtype`` may say; "auto" is the model's dtype."""
 
 
-def check_quantization(name: str) -> None:
-    """Refuse a value that ``--quantization`` does not know.
+def check_choice(field: str, value: str, choices: Collection[str]) -> None:
+    """Refuse a value that ``field`` does not know.
 
     Raises:
-        InvalidArgumentError: naming it.
+        InvalidArgumentError: naming field, value and choices.
     """
-    _check_choice("quantization", name, QUANTIZATIONS)
-
-
-def check_kv_cache_dtype(name: str) -> None:
-    """Refuse a value that ``--kv-cache-dtype`` does not know.
-
-    Raises:
-        InvalidArgumentError: naming it.
-    """
-    _check_choice("kv_cache_dtype", name, KV_CACHE_DTYPES)
-
-
-def _check_choice(field: str, name: str, choices: tuple[str, ...]) -> None:
-    if name not in choices:
+    if value not in choices:
         known = ", ".join(choices)
         raise InvalidArgumentError(
-            f"{field} must be one of {known}; got {name!r}", field=field, value=name, limit=known
+            f"{field} must be one of {known}; got {value!r}", field=field, value=value, limit=known
         )
 
 

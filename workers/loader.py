@@ -12,7 +12,7 @@ import torch
 
 from ..collectives.communicator import GroupCommunicators
 from ..kernels.cpu.library import native_library
-from ..runtime.config import ModelInfo, check_kv_cache_dtype
+from ..runtime.config import KV_CACHE_DTYPES, ModelInfo, check_choice
 from ..runtime.errors import InvalidArgumentError, ModelFormatError, NotFoundError
 from ..runtime.sharding import ParallelConfig
 from .checkpoint import DTYPE_BYTES, FLOATS, Checkpoint
@@ -91,7 +91,7 @@ def model_info(
             dtype = config.dtype or _stored_dtype(checkpoint, config)
             dtype = runnable_dtype(dtype, device)
     parse_dtype(dtype)
-    check_kv_cache_dtype(kv_cache_dtype)
+    check_choice("kv_cache_dtype", kv_cache_dtype, KV_CACHE_DTYPES)
     max_model_len = config.resolve_max_model_len(max_model_len)
     return ModelInfo(
         name=name or path.resolve().name,
@@ -221,10 +221,7 @@ def parse_dtype(name: str) -> torch.dtype:
     Raises:
         InvalidArgumentError: models do not run in it.
     """
-    if name not in DTYPES:
-        raise InvalidArgumentError(
-            f"dtype must be one of {', '.join(DTYPES)}, got {name!r}", field="dtype", value=name
-        )
+    check_choice("dtype", name, DTYPES)
     return DTYPES[name]
 
 

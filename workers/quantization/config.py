@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 
 from ...kernels.quantized import ACTIVATION_BLOCK
-from ...runtime.config import check_quantization
+from ...runtime.config import QUANTIZATIONS, check_choice
 from ...runtime.errors import InvalidArgumentError
 from ..models.config_fields import ConfigFields
 
@@ -86,7 +86,7 @@ def resolve_quantization(requested: str, stored: Quantization | None) -> Quantiz
     Raises:
         InvalidArgumentError: the value is unknown, or is not what the checkpoint holds.
     """
-    check_quantization(requested)
+    check_choice("quantization", requested, QUANTIZATIONS)
     if requested == "auto" or (stored is not None and requested == stored.name):
         return stored
     if stored is not None or requested in METHODS:
