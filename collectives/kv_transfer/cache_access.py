@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...runtime.errors import InvalidArgumentError
 from ...runtime.sharding import KvRange
-from .pieces import Bytes
+from ..segment import Bytes
 
 BlockIds = NDArray[np.int64]
 

@@ -17,11 +17,11 @@ import grpc
 
 from ...proto.fuseline.v1 import kv_transfer_pb2 as pb
 from ...runtime.errors import FuselineError, InternalError, ProvenanceError, UnavailableError
-from ..segment import OwnedSegment
+from ..segment import Bytes, OwnedSegment
 from .cache_access import CacheAccess
 from .ledger import Ledger, Outgoing, TransferLimits, Work
 from .parcels import InlineBuffers, ParcelBuffers, SharedBuffers, attach_request
-from .pieces import Bytes, Piece, Refusal, checksum
+from .pieces import Piece, Refusal, checksum
 from .servicer import PUSH
 
 WAKE_S = 1.0  # waits look again after this, should a wake-up ever be lost

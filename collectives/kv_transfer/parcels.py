@@ -12,8 +12,8 @@ from typing import Protocol
 import numpy as np
 
 from ...proto.fuseline.v1 import kv_transfer_pb2 as pb
-from ..segment import OwnedSegment
-from .pieces import Bytes, Piece
+from ..segment import Bytes, OwnedSegment
+from .pieces import Piece
 from .wire import encode_parcel
 
 

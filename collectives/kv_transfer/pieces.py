@@ -6,15 +6,12 @@ import hashlib
 from dataclasses import dataclass
 from enum import IntEnum
 
-import numpy as np
 import xxhash
-from numpy.typing import NDArray
 
 from ...proto.fuseline.v1 import kv_transfer_pb2 as pb
 from ...runtime.errors import ProvenanceError
 from ...runtime.handoff import Provenance
-
-Bytes = NDArray[np.uint8]
+from ..segment import Bytes
 
 
 @dataclass(frozen=True, slots=True)

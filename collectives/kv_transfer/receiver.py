@@ -26,10 +26,10 @@ from ...runtime.errors import (
 )
 from ...runtime.handoff import Provenance
 from ...runtime.sharding import KvRange
-from ..segment import host_id
+from ..segment import Bytes, host_id
 from .cache_access import BlockIds, cache_access
 from .intervals import IntervalSet
-from .pieces import Bytes, Piece, PieceRefusedError, Refusal, checksum, provenance_digest
+from .pieces import Piece, PieceRefusedError, Refusal, checksum, provenance_digest
 
 MAX_RESERVATIONS = 4096
 

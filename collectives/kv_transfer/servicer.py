@@ -14,9 +14,9 @@ import numpy as np
 
 from ...proto.fuseline.v1 import kv_transfer_pb2 as pb
 from ...runtime.errors import InvalidArgumentError, UnavailableError
-from ..segment import attach_segment
+from ..segment import Bytes, attach_segment
 from .malloc import keep_message_memory
-from .pieces import Bytes, PieceRefusedError
+from .pieces import PieceRefusedError
 from .receiver import KvReceiver
 from .wire import Parcel, decode_push
 

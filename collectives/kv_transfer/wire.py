@@ -15,7 +15,8 @@ from google.protobuf.message import DecodeError
 
 from ...proto.fuseline.v1 import kv_transfer_pb2 as pb
 from ...runtime.errors import InvalidArgumentError
-from .pieces import Bytes, Piece
+from ..segment import Bytes
+from .pieces import Piece
 
 _INLINE_KEY = (pb.PushRequest.INLINE_FIELD_NUMBER << 3) | 2
 _VARINT, _FIXED64, _DELIMITED, _FIXED32 = 0, 1, 2, 5

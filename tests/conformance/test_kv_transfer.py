@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from fuseline.collectives.kv_transfer import KvReceiver, Piece, servicer
-from fuseline.collectives.kv_transfer.pieces import Bytes
+from fuseline.collectives.segment import Bytes
 from fuseline.runtime.errors import (
     AlreadyExistsError,
     CancelledError,

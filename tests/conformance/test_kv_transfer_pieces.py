@@ -13,10 +13,9 @@ import torch
 
 from fuseline.collectives.kv_transfer import Piece, Refusal, checksum, host_id, provenance_digest
 from fuseline.collectives.kv_transfer.parcels import InlineBuffers, ParcelBuffers, SharedBuffers, attach_request
-from fuseline.collectives.kv_transfer.pieces import Bytes
 from fuseline.collectives.kv_transfer.servicer import PUSH
 from fuseline.collectives.kv_transfer.wire import encode_parcel
-from fuseline.collectives.segment import OwnedSegment
+from fuseline.collectives.segment import Bytes, OwnedSegment
 from fuseline.proto.fuseline.v1 import kv_transfer_pb2 as pb
 from fuseline.proto.fuseline.v1 import kv_transfer_pb2_grpc
 from fuseline.runtime.errors import NotFoundError, ProvenanceError

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from fuseline.collectives.kv_transfer import KvReceiver, Piece
-from fuseline.collectives.kv_transfer.pieces import Bytes
+from fuseline.collectives.segment import Bytes
 from fuseline.runtime.errors import ProvenanceError, UnavailableError
 from fuseline.runtime.handoff import KvReservation, RankEndpoint
 from fuseline.runtime.sharding import KvRange
