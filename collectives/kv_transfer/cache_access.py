@@ -33,7 +33,7 @@ class CacheAccess(Protocol):
     """One rank's KV cache as bytes. Layers and heads are those of the whole model; they must be in ``kv_range``.
 
     Attributes:
-        head_bytes: of one token of one head: head_dim elements.
+        head_bytes: of one token of one head: a row, see ``kernels.kv_rows``.
         dtype: of the elements, by torch's name without ``torch.``.
     """
 
@@ -49,7 +49,7 @@ class CacheAccess(Protocol):
     def gather(
         self, layer: int, heads: tuple[int, int], tokens: tuple[int, int], block_ids: BlockIds, out: Bytes
     ) -> None:
-        """Copy K, then V, of the token range into ``out``, each ``[head, token, head_dim]``; complete on return."""
+        """Copy K, then V, of the token range into ``out``, each ``[head, token, row_width]``; complete on return."""
 
     def scatter(
         self, layer: int, heads: tuple[int, int], tokens: tuple[int, int], block_ids: BlockIds, data: Bytes
@@ -58,7 +58,7 @@ class CacheAccess(Protocol):
 
 
 def cache_access(kv_cache: Tensor, kv_range: KvRange) -> CacheAccess:
-    """The way to get at a cache ``[num_layers, 2, num_blocks, num_kv_heads, block_size, head_dim]``.
+    """The way to get at a cache ``[num_layers, 2, num_blocks, num_kv_heads, block_size, row_width]``.
 
     Raises:
         InvalidArgumentError: the tensor has another form, is not contiguous, or does not hold that range.
@@ -66,7 +66,7 @@ def cache_access(kv_cache: Tensor, kv_range: KvRange) -> CacheAccess:
     shape = tuple(kv_cache.shape)
     if kv_cache.dim() != 6 or kv_cache.shape[1] != 2 or not kv_cache.is_contiguous():
         raise InvalidArgumentError(
-            f"a KV cache is contiguous [layers, 2, blocks, heads, block_size, head_dim], not {shape}", shape=shape
+            f"a KV cache is contiguous [layers, 2, blocks, heads, block_size, row_width], not {shape}", shape=shape
         )
     if (shape[0], shape[3]) != (kv_range.num_layers, kv_range.num_heads):
         raise InvalidArgumentError(f"a KV cache of shape {shape} does not hold {kv_range}", shape=shape)

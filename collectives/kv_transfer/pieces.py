@@ -16,7 +16,7 @@ from ..segment import Bytes
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """KV of some tokens, heads and one layer; its bytes are K, then V, each ``[head, token, head_dim]``.
+    """KV of some tokens, heads and one layer; its bytes are K, then V, each ``[head, token, row_width]``.
 
     Attributes:
         provenance: ``provenance_digest`` of what the sender believes it sends.

@@ -108,7 +108,7 @@ class KvReceiver:
     """Takes KV for one decode rank. Thread-safe; no call waits for longer than one piece's copy.
 
     Args:
-        kv_cache: ``[num_layers, 2, num_blocks, num_kv_heads, block_size, head_dim]``, contiguous.
+        kv_cache: ``[num_layers, 2, num_blocks, num_kv_heads, block_size, row_width]``, contiguous.
         kv_range: which layers and KV heads of the model those are.
     """
 

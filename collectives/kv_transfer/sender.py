@@ -40,7 +40,7 @@ class KvSender:
     """Pushes KV of one prefill rank. Thread-safe. Close it: it owns threads, connections and shared memory.
 
     Args:
-        kv_cache: ``[num_layers, 2, num_blocks, num_kv_heads, block_size, head_dim]``, contiguous: what ``rank`` of
+        kv_cache: ``[num_layers, 2, num_blocks, num_kv_heads, block_size, row_width]``, contiguous: what ``rank`` of
             a group of ``parallel`` holds of a model of ``shape``.
         connect: makes a channel to an address; plain by default, with TLS where a cluster wants it.
     """
