@@ -56,15 +56,14 @@ def run_cluster(config: ClusterConfig, say: Say) -> None:
     started_at = time.monotonic()
     with _signals() as stopping:
         path = resolve_model(config.model)
-        limits = config.limits
         model = model_info(
             path,
-            config.dtype,
-            limits.max_model_len,
-            config.name,
-            config.device,
-            config.quantization,
-            config.kv_cache_dtype,
+            dtype=config.dtype,
+            max_model_len=config.limits.max_model_len,
+            name=config.name,
+            device=config.device,
+            quantization=config.quantization,
+            kv_cache_dtype=config.kv_cache_dtype,
         )
         for pool in (config.prefill, config.decode):
             check_cut(path, pool.parallel, config.quantization)

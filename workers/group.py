@@ -145,12 +145,12 @@ class ModelGroup:
         path = resolve_model(config.model)
         info = model_info(
             path,
-            config.dtype,
-            config.max_model_len,
-            config.name,
-            device,
-            config.quantization,
-            config.kv_cache_dtype,
+            dtype=config.dtype,
+            max_model_len=config.max_model_len,
+            name=config.name,
+            device=device,
+            quantization=config.quantization,
+            kv_cache_dtype=config.kv_cache_dtype,
         )
         parallel, scheduler = config.parallel, config.scheduler
         check_cut(path, parallel, info.quantization)
