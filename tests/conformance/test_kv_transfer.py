@@ -7,7 +7,6 @@ are killed, in ``test_kv_transfer_processes``.
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import replace
@@ -16,6 +15,8 @@ import pytest
 import torch
 
 from fuseline.collectives.kv_transfer import KvReceiver, Piece, servicer
+from fuseline.collectives.kv_transfer import sender as sender_module
+from fuseline.collectives.kv_transfer.lane import Lane
 from fuseline.collectives.segment import Bytes
 from fuseline.runtime.errors import (
     AlreadyExistsError,
@@ -73,6 +74,12 @@ def ranks() -> Iterator[list[PrefillRank]]:
 
 def outcome(future: Future[TransferSummary]) -> TransferSummary:
     return future.result(timeout=30)
+
+
+def was_closed(lane: Lane) -> bool:
+    """Whether it is, or is soon."""
+    with lane._changed:
+        return lane._changed.wait_for(lambda: lane.error is not None, timeout=30)
 
 
 def push_all(rank: PrefillRank, handoff: Handoff, num_tokens: int = NUM_TOKENS, chunk: int = 16) -> None:
@@ -396,20 +403,19 @@ def test_bytes_go_inline_when_memory_cannot_be_shared(
 
 
 def test_idle_connections_are_closed_and_made_again(
-    servers: Servers, transport: str, ranks: list[PrefillRank]
+    servers: Servers, transport: str, ranks: list[PrefillRank], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(sender_module, "WAKE_S", 0.05)  # how often is looked
     kv, decode = prompt_kv(NUM_TOKENS), DecodeRank(servers, transport)
-    limits = replace(SMALL, idle_s=0.05, ack_timeout_s=0.4)  # the latter also sets how often is looked
-    ranks.append(PrefillRank(kv, SOURCE_BLOCKS, limits=limits))
+    ranks.append(PrefillRank(kv, SOURCE_BLOCKS, limits=replace(SMALL, idle_s=0.05)))
     sender = ranks[0].sender
     for _ in range(2):
         handoff = reserve([decode], provenance(NUM_TOKENS), DECODE_BLOCKS)
         sender.start(handoff.reservation, SOURCE_BLOCKS)
+        (lane,) = sender._lanes.values()  # which stays as long as it has a handoff
         outcome(sender.finish(handoff.id))
         decode.receiver.close(handoff.id)
-        deadline = time.monotonic() + 10
-        while sender.stats().num_lanes and time.monotonic() < deadline:
-            threading.Event().wait(0.02)
+        assert was_closed(lane)
         assert sender.stats().num_lanes == 0
     assert sender.stats().num_finished == 2
 
