@@ -38,6 +38,7 @@ from .reconcile import (
     retire,
 )
 from .roster import Member, Roster
+from .tasks import watched
 
 CALL_TIMEOUT_S = 10.0  # for a worker to answer a short call
 SILENCE_TIMEOUT_S = 30.0  # for a ready worker, which reports at least every worker_host.HEARTBEAT_S
@@ -263,7 +264,7 @@ class Controller:
             Replica(worker_id, slot, role, ReplicaState.STARTING, now, now), num_restarts
         )
         spec = WorkerSpec(worker_id, slot, role, num_restarts, self._config)
-        member.follower = self._task(self._follow(member, self._backend.start(spec)))
+        member.follower = watched(self._follow(member, self._backend.start(spec)), self._note_bug)
 
     async def _adopt(self, worker_id: str) -> None:
         """Take in a replica that was there before this controller."""
@@ -279,7 +280,7 @@ class Controller:
         member = Member(found, report.num_restarts)
         member.take(report, now)
         self._roster.members[worker_id] = member
-        member.follower = self._task(self._follow(member, None))
+        member.follower = watched(self._follow(member, None), self._note_bug)
         logger.info("found %s again, %s", worker_id, report.state)
 
     async def _follow(self, member: Member, start: Awaitable[None] | None) -> None:
@@ -327,16 +328,10 @@ class Controller:
             logger.warning("%s could not be ended: %s", worker_id, error)
 
     def _spawn(self, job: Coroutine[object, object, None]) -> None:
-        task = self._task(job)
+        task = watched(job, self._note_bug)
         self._jobs.add(task)
         task.add_done_callback(self._jobs.discard)
 
-    def _task(self, job: Coroutine[object, object, None]) -> asyncio.Task[None]:
-        task = asyncio.create_task(job)
-        task.add_done_callback(self._ended)
-        return task
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self._bug = error
-            self._wake.set()
+    def _note_bug(self, error: BaseException) -> None:
+        self._bug = error
+        self._wake.set()

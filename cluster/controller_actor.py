@@ -28,6 +28,7 @@ from .messages import Count, Done, ReplicaReport, WorkerSpec, answer, pack, unpa
 from .placement import STRATEGY, Resources, place
 from .ray_errors import in_short
 from .reconcile import Target
+from .tasks import watched
 from .worker_actor import CONTROLLER_NAME, WorkerActor, log_to_stderr
 
 TARGET_KEY = b"target"
@@ -46,8 +47,7 @@ class ControllerActor:
         namespace = ray.get_runtime_context().namespace
         self._store = GcsTargetStore(namespace)
         self._controller = Controller(unpack(config, ClusterConfig), RayReplicas(namespace), self._store)
-        self._loop = asyncio.get_running_loop().create_task(self._controller.run())
-        self._loop.add_done_callback(_ended)
+        self._loop = watched(self._controller.run(), _end)
 
     async def status(self, version: int, timeout_s: float) -> bytes:
         """See ``Controller.status``."""
@@ -72,11 +72,10 @@ class ControllerActor:
         return closed
 
 
-def _ended(loop: asyncio.Task[None]) -> None:
+def _end(error: BaseException) -> None:
     """A controller that has stopped reconciling by a bug is of no use: Ray starts another."""
-    if not loop.cancelled() and loop.exception() is not None:
-        logger.critical("the controller failed", exc_info=loop.exception())
-        os._exit(1)
+    logger.critical("the controller failed", exc_info=error)
+    os._exit(1)
 
 
 class GcsTargetStore:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,7 @@ from ..workers.grpc_options import CHANNEL_OPTIONS
 from .membership import Membership, MembershipView, ReplicaInfo, ReplicaState
 from .router import ReplicaSnapshot, RoutingDecision
 from .status import KNOWN_ROLES, role_from_wire
+from .tasks import watched
 
 logger = logging.getLogger(__name__)
 
@@ -154,7 +155,7 @@ class WorkerPool:
 
     def start(self) -> None:
         """Begin to follow membership, in the running loop."""
-        self._task = self._watched(self._follow())
+        self._task = watched(self._follow(), self._note_failure)
 
     async def failed(self) -> BaseException:
         """Wait until the pool can no longer follow its workers, by a bug; returns what happened."""
@@ -220,7 +221,7 @@ class WorkerPool:
             known = self._workers.get(worker_id)
             if known is None:
                 self._workers[worker_id] = worker = _connect(info)
-                worker.task = self._watched(self._watch(worker))
+                worker.task = watched(self._watch(worker), self._note_failure)
             else:
                 known.info = info
         for worker_id in self._workers.keys() - named.keys():
@@ -253,16 +254,10 @@ class WorkerPool:
             await asyncio.sleep(delay)
             delay = min(2 * delay, MAX_RECONNECT_DELAY_S)
 
-    def _watched(self, job: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.create_task(job)
-        task.add_done_callback(self._note_end)
-        return task
-
-    def _note_end(self, task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("the gateway can no longer follow its workers", exc_info=error)
-            self._failure = self._failure or error
-            self._failed.set()
+    def _note_failure(self, error: BaseException) -> None:
+        logger.error("the gateway can no longer follow its workers", exc_info=error)
+        self._failure = self._failure or error
+        self._failed.set()
 
     def _learn(self, worker: _Worker, snapshot: worker_pb2.WorkerSnapshot) -> None:
         if snapshot.role not in KNOWN_ROLES:
