@@ -11,8 +11,6 @@ from ..workers.server import WorkerServer
 from .cluster_config import ClusterConfig
 from .messages import Loading, WorkerSpec
 
-RANK_CHECK_S = 0.5
-
 
 class ModelWorker:
     """A ``HostedWorker``; see worker_host.py.
@@ -26,7 +24,6 @@ class ModelWorker:
         self._launcher = launcher
         self._role = spec.role
         self._server: WorkerServer | None = None
-        self._group: ModelGroup | None = None
         self._loading = Loading()
 
     async def start(self) -> str:
@@ -38,21 +35,13 @@ class ModelWorker:
         except BaseException:
             await asyncio.to_thread(group.close)
             raise
-        self._server, self._group = server, group
+        self._server = server
         await server.start()
         return server.address
 
     async def failed(self) -> str:
-        """See ``HostedWorker``. An idle engine does not hear of a rank that is lost; its executor does."""
-        broken = asyncio.create_task(self._started().failed())
-        try:
-            while self._group is not None and not broken.done():
-                if self._group.executor.failure is not None:
-                    return self._group.executor.failure.message
-                await asyncio.wait((broken,), timeout=RANK_CHECK_S)
-            return (await broken).message
-        finally:
-            broken.cancel()
+        """See ``HostedWorker``."""
+        return (await self._started().failed()).message
 
     async def set_role(self, role: WorkerRole) -> None:
         """See ``HostedWorker``."""
