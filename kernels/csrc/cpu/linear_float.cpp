@@ -1,4 +1,4 @@
-// Dense linear layers: a dot-product micro-kernel, vectorised along cols.
+// Dense linear layers of fewer than kManyRows rows: dot products, vectorised along cols.
 //
 // An element of y has one vector accumulator that runs over cols in order; its lanes are summed at the end. A block of
 // Rows rows of W by Cols rows of x is computed at once, so that each vector of W that is read and widened serves Cols
@@ -14,38 +14,13 @@
 #include <type_traits>
 #include <utility>
 
-#include "isa.h"
+#include "float_steps.h"
 
 namespace fuseline {
 
 namespace {
 
 constexpr int kPanel = 4;
-constexpr int64_t kColBlock = 1024;
-
-// Elements of W that one step of the micro-kernel takes along cols, and how they become vectors.
-template <class T>
-struct Step {
-    static constexpr int kVectors = 1;
-    static constexpr int kElements = kLanes;
-    static f32v vector(const T* from, int) { return load(from); }
-};
-
-template <>
-struct Step<bf16> {
-    static constexpr int kVectors = 2;
-    static constexpr int kElements = 2 * kLanes;
-    static f32v vector(const bf16* from, int odd) {
-        const u32v pairs = load_bytes<u32v>(from);
-        return odd ? (f32v)(pairs & 0xffff0000u) : (f32v)(pairs << 16);
-    }
-};
-
-template <class T>
-int64_t packed_cols(int64_t cols) {
-    constexpr int64_t step = Step<T>::kElements;
-    return (cols + step - 1) / step * step;
-}
 
 template <class T, int Rows, int Cols>
 inline __attribute__((always_inline)) void multiply(const T* const (&w)[Rows], int64_t at, const float* x,
@@ -207,71 +182,43 @@ void with_panel_rows(int64_t rows, const F& f) {
     }
 }
 
-// Rows and columns of a weight, copied one close after the other; zeros fill up the last step of columns.
+// Rows of a weight times some panels, in blocks for the caches: a few rows of W by kColBlock columns stay in the first
+// level, or the second, while the panels go past. The next such piece of W is fetched meanwhile.
+constexpr int64_t kRowBlock = 24;
+static_assert(kFloatGrain % kRowBlock == 0 && kColBlock % Step<bf16>::kElements == 0);
+
+// Of each thread: the accumulators of a block of rows and all panels.
+alignas(64) thread_local float parked[kRowBlock * kManyRows * kLanes];
+
 template <class T>
-void copy_rows(const LinearWeight& weight, Range rows, Range cols, T* to, int64_t to_stride) {
-    const int64_t padded = packed_cols<T>(cols.size());
-    for (int64_t row = rows.begin; row < rows.end; ++row, to += to_stride) {
-        const T* from = static_cast<const T*>(weight.data) + row * weight.row_stride + cols.begin;
-        std::memcpy(to, from, cols.size() * sizeof(T));
-        std::memset(to + cols.size(), 0, (padded - cols.size()) * sizeof(T));
-    }
-}
-
-// Rows of a weight times many panels, in blocks for the caches: a few rows of W by kColBlock columns stay in the second
-// level, or the first, while kPanelBlock rows of x go past, a panel of which stays in the first. The next such piece of
-// W is fetched meanwhile. For many panels the piece is copied, since rows whose distance is a large power of two evict
-// each other.
-constexpr int64_t kRowBlock = 48, kFewRowBlock = 24, kPanelBlock = 256, kManyPanels = 32;
-static_assert(kRowBlock % kFloatGrain == 0 && kPanelBlock % kPanel == 0 && kColBlock % Step<bf16>::kElements == 0);
-
-// Of each thread: the accumulators of a block of rows and panels, and the copy of a piece of W.
-constexpr int64_t kParkedBytes = kRowBlock * kPanelBlock * kVectorBytes;
-constexpr int64_t kCopyBytes = kRowBlock * (kColBlock * sizeof(float) + 64);
-alignas(64) thread_local char scratch[kParkedBytes + kCopyBytes];
-
-template <class T, bool many>
 void multiply_blocked(const LinearWeight& weight, Range rows, const float* packed, int64_t m, float* y,
                       int64_t y_stride) {
-    constexpr int64_t row_block = many ? kRowBlock : kFewRowBlock;
-    constexpr int64_t copy_stride = kColBlock + 64 / sizeof(T);
-    float* parked = reinterpret_cast<float*>(scratch);
-    T* copy = reinterpret_cast<T*>(scratch + kParkedBytes);
-
-    for (int64_t row = rows.begin; row < rows.end; row += row_block) {
-        const int64_t num_rows = std::min(row_block, rows.end - row);
-        for (int64_t group = 0; group < m; group += kPanelBlock) {
-            const int64_t group_end = std::min(group + kPanelBlock, m);
-            for (int64_t col = 0; col < weight.cols; col += kColBlock) {
-                const Range cols{col, std::min(col + kColBlock, weight.cols)};
-                const int64_t padded = packed_cols<T>(cols.size());
-                const bool last = cols.end == weight.cols;
-                const T* w = static_cast<const T*>(weight.data) + row * weight.row_stride + col;
-                const T* next = last ? w - col + row_block * weight.row_stride : w + kColBlock;
-                Piece<T> piece{w,
-                               weight.row_stride,
-                               cols.size(),
-                               cols.begin == 0,
-                               last,
-                               parked,
-                               weight.bias == nullptr ? nullptr : weight.bias + row,
-                               y + group * y_stride + row,
-                               y_stride};
-                if (many) {
-                    copy_rows<T>(weight, {row, row + num_rows}, cols, copy, copy_stride);
-                    piece.w = copy, piece.row_stride = copy_stride, piece.cols = padded;
-                }
-                const int64_t panels = (group_end - group + kPanel - 1) / kPanel;
-                for (int64_t panel = 0; panel < panels; ++panel) {
-                    const int64_t first = row_block * panel / panels, end = row_block * (panel + 1) / panels;
-                    const Fetch<T> fetch{next + first * weight.row_stride, weight.row_stride, end - first};
-                    const float* x = packed + col * m + (group + panel * kPanel) * padded;
-                    with_panel_rows(m - group - panel * kPanel, [&](auto panel_rows) {
-                        multiply_panel<T, decltype(panel_rows)::value>(piece, num_rows, x, fetch);
-                    });
-                    piece.parked += row_block * kPanel * kLanes;
-                    piece.y += kPanel * y_stride;
-                }
+    const int64_t panels = (m + kPanel - 1) / kPanel;
+    for (int64_t row = rows.begin; row < rows.end; row += kRowBlock) {
+        const int64_t num_rows = std::min(kRowBlock, rows.end - row);
+        for (int64_t col = 0; col < weight.cols; col += kColBlock) {
+            const int64_t cols = std::min(kColBlock, weight.cols - col), padded = packed_cols<T>(cols);
+            const bool last = col + cols == weight.cols;
+            const T* w = static_cast<const T*>(weight.data) + row * weight.row_stride + col;
+            const T* next = last ? w - col + kRowBlock * weight.row_stride : w + kColBlock;
+            Piece<T> piece{w,
+                           weight.row_stride,
+                           cols,
+                           col == 0,
+                           last,
+                           parked,
+                           weight.bias == nullptr ? nullptr : weight.bias + row,
+                           y + row,
+                           y_stride};
+            for (int64_t panel = 0; panel < panels; ++panel) {
+                const int64_t first = kRowBlock * panel / panels, end = kRowBlock * (panel + 1) / panels;
+                const Fetch<T> fetch{next + first * weight.row_stride, weight.row_stride, end - first};
+                const float* x = packed + col * m + panel * kPanel * padded;
+                with_panel_rows(m - panel * kPanel, [&](auto panel_rows) {
+                    multiply_panel<T, decltype(panel_rows)::value>(piece, num_rows, x, fetch);
+                });
+                piece.parked += kRowBlock * kPanel * kLanes;
+                piece.y += kPanel * y_stride;
             }
         }
     }
@@ -279,10 +226,8 @@ void multiply_blocked(const LinearWeight& weight, Range rows, const float* packe
 
 template <class T>
 void linear_rows(const LinearWeight& weight, Range rows, const float* packed, int64_t m, float* y, int64_t y_stride) {
-    if (m >= kManyPanels)
-        return multiply_blocked<T, true>(weight, rows, packed, m, y, y_stride);
     if (m > kPanel)
-        return multiply_blocked<T, false>(weight, rows, packed, m, y, y_stride);
+        return multiply_blocked<T>(weight, rows, packed, m, y, y_stride);
     // W is read once, at the speed of memory. The blocks of columns of a single panel lie close behind each other.
     const Piece<T> piece{static_cast<const T*>(weight.data) + rows.begin * weight.row_stride,
                          weight.row_stride,
@@ -343,17 +288,19 @@ void pack_rows(int64_t cols, const float* x, int64_t x_stride, int64_t m, Range 
 
 template <class T>
 int64_t float_packed_bytes(int64_t cols, int64_t m) {
-    return m * packed_cols<T>(cols) * int64_t(sizeof(float));
+    const int64_t padded = packed_cols<T>(cols);
+    return int64_t(sizeof(float)) * (m < kManyRows ? m * padded : many_packed_floats(padded, m));
 }
 
 template <class T>
 void pack_float(const LinearWeight& weight, const float* x, int64_t x_stride, int64_t m, Range rows, void* packed) {
-    pack_rows<T>(weight.cols, x, x_stride, m, rows, static_cast<float*>(packed));
+    (m < kManyRows ? pack_rows<T> : pack_many<T>)(weight.cols, x, x_stride, m, rows, static_cast<float*>(packed));
 }
 
 template <class T>
 void multiply_float(const LinearWeight& weight, Range rows, const void* packed, int64_t m, float* y, int64_t y_stride) {
-    linear_rows<T>(weight, rows, static_cast<const float*>(packed), m, y, y_stride);
+    (m < kManyRows ? linear_rows<T> : multiply_many<T>)(weight, rows, static_cast<const float*>(packed), m, y,
+                                                        y_stride);
 }
 
 #define INSTANTIATE(T)                                                                                                 \

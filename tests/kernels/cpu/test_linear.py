@@ -30,7 +30,7 @@ def expected(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    m=st.integers(1, 37),
+    m=st.one_of(st.integers(1, 37), st.integers(96, 110)),
     rows=st.integers(1, 130),
     cols=st.one_of(st.integers(1, 80), st.integers(1000, 1100)),
     dtype=st.sampled_from(DTYPES),
@@ -68,15 +68,26 @@ def test_a_row_does_not_depend_on_its_batch_its_place_or_the_threads(
     linear_library: ctypes.CDLL, dtype: torch.dtype
 ) -> None:
     torch.manual_seed(0)
-    x, weight = torch.randn(71, 1003), torch.randn(150, 1003).to(dtype)
+    x, weight = torch.randn(131, 1003), torch.randn(150, 1003).to(dtype)
     linear_library.fl_cpu_team_resize(1, None)
     alone = torch.cat([linear(linear_library, row[None], [weight]) for row in x])
     for threads in (1, 2, 3):
         linear_library.fl_cpu_team_resize(threads, None)
-        for first, end in ((0, 71), (5, 71), (1, 3), (7, 10), (13, 64)):
+        for first, end in ((0, 131), (5, 76), (1, 3), (7, 10), (13, 112)):
             assert torch.equal(linear(linear_library, x[first:end], [weight]), alone[first:end])
     parts = linear(linear_library, x, [weight[:3], weight[3:80], weight[80:]])
     assert torch.equal(parts, alone)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_does_not_depend_on_its_batch_where_several_blocks_of_rows_and_columns_are_taken(
+    library: ctypes.CDLL, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(520, 4107), torch.randn(35, 4107).to(dtype), torch.randn(35)
+    library.fl_cpu_team_resize(2, None)
+    alone = torch.cat([linear(library, row[None], [weight], [bias]) for row in x])
+    assert torch.equal(linear(library, x, [weight], [bias]), alone)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
