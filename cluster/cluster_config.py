@@ -6,12 +6,20 @@ import dataclasses
 import ipaddress
 from dataclasses import dataclass
 
-from ..runtime.config import KV_CACHE_DTYPES, QUANTIZATIONS, CacheConfig, SchedulerConfig, check_choice
+from ..runtime.config import (
+    DEVICES,
+    GPU_MEMORY_UTILIZATION,
+    KV_CACHE_DTYPES,
+    QUANTIZATIONS,
+    CacheConfig,
+    SchedulerConfig,
+    check_choice,
+    check_range,
+)
 from ..runtime.errors import InvalidArgumentError
 from ..runtime.role import WorkerRole
 from ..runtime.sharding import ParallelConfig
 
-DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MAX_REPLICAS = 1024
 DEFAULT_PORT = 50051
@@ -84,14 +92,8 @@ class EngineLimits:
                 value=self.max_model_len,
                 limit=1,
             )
-        if not 0 < self.gpu_memory_utilization <= 1:
-            raise InvalidArgumentError(
-                f"gpu_memory_utilization must be above 0 and at most 1, got {self.gpu_memory_utilization}",
-                field="gpu_memory_utilization",
-                value=self.gpu_memory_utilization,
-                limit="0..1",
-            )
-        # The engine's own checks, now rather than in a worker on another machine.
+        # The group's and the engine's own checks, now rather than in a worker on another machine.
+        check_range("gpu_memory_utilization", self.gpu_memory_utilization, *GPU_MEMORY_UTILIZATION)
         CacheConfig(1 if self.num_blocks is None else self.num_blocks, self.block_size)
         self.scheduler()
 
@@ -157,10 +159,7 @@ class ClusterConfig:
             )
         if not self.host:
             raise InvalidArgumentError("host must not be empty", field="host", value=self.host)
-        if not 0 <= self.port <= 65535:
-            raise InvalidArgumentError(
-                f"port must be between 0 and 65535, got {self.port}", field="port", value=self.port, limit="0..65535"
-            )
+        check_range("port", self.port, 0, 65535)
         for name in ("start_timeout_s", "drain_timeout_s"):
             value = getattr(self, name)
             if not 0 < value <= 86400:

@@ -11,6 +11,12 @@ from .sharding import ModelShape, ParallelConfig, check_shardable
 QUANTIZATIONS = ("auto", "none", "int8", "int4", "int4_g64", "int4_g128", "gptq", "awq", "compressed-tensors")
 """What ``--quantization`` may say; see ``workers.quantization.config`` for what it means."""
 
+GPU_MEMORY_UTILIZATION = 0.05, 1.0
+"""What ``--gpu-memory-utilization`` may lie between."""
+
+DEVICES = ("auto", "cpu", "cuda")
+"""What ``--device`` may say; "auto" is "cuda" where there is one."""
+
 KV_CACHE_DTYPES = ("auto", "int8")
 """What ``--kv-cache-dtype`` may say; "auto" is the model's dtype."""
 
@@ -28,7 +34,12 @@ def check_choice(field: str, value: str, choices: Collection[str]) -> None:
         )
 
 
-def _check_range(name: str, value: float, low: float, high: float) -> None:
+def check_range(name: str, value: float, low: float, high: float) -> None:
+    """Refuse a value outside ``[low, high]``.
+
+    Raises:
+        InvalidArgumentError: naming field, value and limit.
+    """
     if not low <= value <= high:
         raise InvalidArgumentError(
             f"{name} must be between {low} and {high}, got {value}", field=name, value=value, limit=f"{low}..{high}"
@@ -77,8 +88,8 @@ class CacheConfig:
     enable_prefix_caching: bool = True
 
     def __post_init__(self) -> None:
-        _check_range("num_blocks", self.num_blocks, 1, 2**31 - 1)
-        _check_range("block_size", self.block_size, 1, 1024)
+        check_range("num_blocks", self.num_blocks, 1, 2**31 - 1)
+        check_range("block_size", self.block_size, 1, 1024)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +110,10 @@ class SchedulerConfig:
     handoff_timeout_s: float = 120.0
 
     def __post_init__(self) -> None:
-        _check_range("max_num_seqs", self.max_num_seqs, 1, 65536)
-        _check_range("max_num_batched_tokens", self.max_num_batched_tokens, 1, 2**20)
-        _check_range("max_num_queued", self.max_num_queued, 1, 2**20)
-        _check_range("handoff_timeout_s", self.handoff_timeout_s, 0.001, 86400)
+        check_range("max_num_seqs", self.max_num_seqs, 1, 65536)
+        check_range("max_num_batched_tokens", self.max_num_batched_tokens, 1, 2**20)
+        check_range("max_num_queued", self.max_num_queued, 1, 2**20)
+        check_range("handoff_timeout_s", self.handoff_timeout_s, 0.001, 86400)
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise InvalidArgumentError(
                 f"max_num_batched_tokens={self.max_num_batched_tokens} is less than max_num_seqs={self.max_num_seqs}:"
@@ -129,7 +140,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         check_shardable(self.model.shape, self.parallel)
-        _check_range("max_model_len", self.model.max_model_len, 1, 2**24)
+        check_range("max_model_len", self.model.max_model_len, 1, 2**24)
         if self.model.kv_depends_on_prompt_len and self.cache.enable_prefix_caching:
             raise InvalidArgumentError(
                 f"beyond max_position_embeddings, as max_model_len={self.model.max_model_len} allows, the KV of"

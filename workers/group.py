@@ -14,7 +14,15 @@ import torch
 from ..collectives.communicator import CommunicatorStore
 from ..collectives.step_channel import StepChannel, StepListener
 from ..kernels.cpu.threads import usable_cores
-from ..runtime.config import CacheConfig, EngineConfig, SchedulerConfig
+from ..runtime.config import (
+    DEVICES,
+    GPU_MEMORY_UTILIZATION,
+    CacheConfig,
+    EngineConfig,
+    SchedulerConfig,
+    check_choice,
+    check_range,
+)
 from ..runtime.engine import Engine
 from ..runtime.errors import InvalidArgumentError, UnavailableError
 from ..runtime.handoff import RankEndpoint
@@ -73,20 +81,14 @@ class GroupConfig:
 
     def __post_init__(self) -> None:
         for name, value, low, high in (
-            ("gpu_memory_utilization", self.gpu_memory_utilization, 0.05, 1.0),
+            ("gpu_memory_utilization", self.gpu_memory_utilization, *GPU_MEMORY_UTILIZATION),
             ("num_threads", 1 if self.num_threads is None else self.num_threads, 1, 4096),
             ("num_kv_blocks", 1 if self.num_kv_blocks is None else self.num_kv_blocks, 1, 2**31 - 1),
             ("start_timeout_s", self.start_timeout_s, 0.1, 86400.0),
             ("step_timeout_s", self.step_timeout_s, 0.1, 86400.0),
         ):
-            if not low <= value <= high:
-                raise InvalidArgumentError(
-                    f"{name} must be between {low} and {high}, got {value}", field=name, value=value
-                )
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise InvalidArgumentError(
-                f"device must be auto, cpu or cuda, got {self.device!r}", field="device", value=self.device
-            )
+            check_range(name, value, low, high)
+        check_choice("device", self.device, DEVICES)
 
 
 class ModelGroup:

@@ -26,6 +26,7 @@ from fuseline.runtime.role import WorkerRole
         (lambda: EngineLimits(max_num_seqs=0), "max_num_seqs"),
         (lambda: EngineLimits(max_num_seqs=64, max_num_batched_tokens=32), "max_num_batched_tokens"),
         (lambda: EngineLimits(gpu_memory_utilization=1.5), "gpu_memory_utilization"),
+        (lambda: EngineLimits(gpu_memory_utilization=0.01), "gpu_memory_utilization"),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name(build: Callable[[], object], field: str) -> None:
