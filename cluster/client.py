@@ -49,7 +49,7 @@ DEFAULT_ADDRESS = "127.0.0.1:50051"
 CONTROL_TIMEOUT_S = 10.0
 LEFT = "the request was cancelled by its client"
 CLOSED = "the client was closed"
-_ADDRESS = re.compile(r"\S+:(\d{1,5})")
+_ADDRESS = re.compile(r"[^\s/]+:(\d{1,5})")  # no URL: gRPC would look up a host named http
 
 
 @dataclass(slots=True)

@@ -110,12 +110,13 @@ def generate_request(
     Raises:
         InvalidArgumentError: a value does not fit its field's type; everything else is for the gateway to judge.
     """
-    try:
-        message = inference_pb2.GenerateRequest(
-            request_id=request_id, model=model, priority=priority, cache_salt=cache_salt
-        )
-    except (ValueError, TypeError) as error:
-        raise InvalidArgumentError(f"the request cannot be sent: {error}") from error
+    message = inference_pb2.GenerateRequest()
+    fields = {"request_id": request_id, "model": model, "priority": priority, "cache_salt": cache_salt}
+    for name, value in fields.items():
+        try:
+            setattr(message, name, value)
+        except (ValueError, TypeError) as error:
+            raise InvalidArgumentError(f"{name} cannot be sent: {error}", field=name, value=value) from error
     checked = check_prompt(prompt)
     try:
         if isinstance(checked, str):

@@ -85,6 +85,7 @@ def test_ctrl_c_before_there_is_anything_to_stop_shows_no_traceback(monkeypatch:
         ("serv demo", 2, "No such command 'serv'"),
         ("generate x --temperature -1", 2, "temperature must be in [0.0, 100.0], got -1.0"),
         ("generate x --max-tokens many", 2, "Invalid value for '--max-tokens'"),
+        ("generate x --priority 99999999999", 2, "priority cannot be sent: Value out of range"),
         ("generate x --address nowhere", 2, "address must be host:port, got 'nowhere'"),
         ("generate x --address 127.0.0.1:1", 1, "no answer from 127.0.0.1:1: Connection refused"),
         ("status --address 127.0.0.1:1", 1, "no answer from 127.0.0.1:1: Connection refused"),

@@ -265,7 +265,9 @@ async def test_what_the_client_cancels_is_cancelled(cancelling: tuple[Cancelling
         client.generate(PROMPT)
 
 
-@pytest.mark.parametrize("address", ["", "host", "host:", "host:99999", "host:0", "a b:1", "host:port"])
+@pytest.mark.parametrize(
+    "address", ["", "host", "host:", "host:99999", "host:0", "a b:1", "host:port", "http://host:1"]
+)
 def test_an_address_is_checked_at_once(address: str) -> None:
     with pytest.raises(InvalidArgumentError, match="host:port"):
         Client(address)
