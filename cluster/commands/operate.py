@@ -50,7 +50,7 @@ def status(
 def stop(address: Address = DEFAULT) -> None:
     """End a cluster, once requests under way have finished.
 
-    They have the drain timeout for it.
+    They have the drain timeout for it, but 30 seconds at most.
     """
     with Client(address) as client:
         client.stop()
