@@ -304,7 +304,7 @@ def head_candidates(
     num_candidates: int,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """The best logits of the wanted rows, best first, and the vocabulary rows they belong to.
+    """The best logits of the wanted rows, best first, with their vocabulary rows; of equal ones the lower row first.
 
     On a GPU without computing a row's other logits into memory. Arguments are those of ``head``.
 
@@ -319,9 +319,7 @@ def head_candidates(
         raise KernelArgumentError(f"{num_candidates} candidates of {weight.shape[0]} rows are not possible")
     if fused.takes_head(weight, logits_indices):
         return fused.head_candidates(residual, delta, norm, weight, logits_indices, num_candidates, eps)
-    logits = blocks.head(residual, delta, norm, weight, logits_indices, eps)
-    best, rows = logits.float().topk(num_candidates)
-    return best, rows.int()
+    return blocks.head_candidates(residual, delta, norm, weight, logits_indices, num_candidates, eps)
 
 
 def prepare_attention(weights: AttentionWeights, spec: AttentionSpec) -> AttentionWeights:

@@ -16,12 +16,10 @@ from fuseline.kernels.types import AttentionSpec
 from . import baselines, public
 from .device import Device, Launch
 from .inputs import Layer, Source, decode_step, prepared_attention, prepared_mlp, rotary
-from .shapes import Shape, attention_bytes, buffer_sets, floor_us, head_bytes, mlp_bytes
+from .shapes import BLOCK_SIZE, EPS, Shape, attention_bytes, buffer_sets, floor_us, head_bytes, mlp_bytes
 
 Tensor = torch.Tensor
 AttentionLaunch = Callable[[], tuple[Tensor, Tensor]]
-EPS = 1e-6
-BLOCK_SIZE = 16
 
 
 @dataclass(frozen=True, slots=True)

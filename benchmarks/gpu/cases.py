@@ -68,7 +68,7 @@ def attention_cases(*, tiny: bool) -> list[AttentionCase]:
 
 
 def _large_attention_cases() -> list[AttentionCase]:
-    batches = (2, 3, 7, 8, 9, 16, 33, 64)
+    batches = (2, 3, 7, 8, 9, 16, 33, 64, 65, 192)  # more than 64 are several launches
     cases = [AttentionCase(f"batch {batch}", SMALL, tuple(range(60, 60 + 3 * batch, 3))) for batch in batches]
     for shape in SHAPES:
         cases.append(AttentionCase(shape.name, shape, (4096,)))
@@ -85,7 +85,7 @@ def _large_attention_cases() -> list[AttentionCase]:
 
 def dense_cases(*, tiny: bool) -> list[DenseCase]:
     """Likewise, for MLP blocks and heads."""
-    base, batches = (TINY, (1, 3)) if tiny else (SMALL, (1, 2, 3, 7, 8, 9, 16, 17, 33, 64))
+    base, batches = (TINY, (1, 3)) if tiny else (SMALL, (1, 2, 3, 7, 8, 9, 16, 17, 33, 64, 65, 192))
     cases = [DenseCase(f"batch {batch}", base, batch) for batch in batches]
     cases += [DenseCase("biases", base, 5, bias=True), DenseCase("no delta", base, 5, delta=False)]
     if not tiny:

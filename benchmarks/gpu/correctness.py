@@ -13,19 +13,24 @@ from functools import partial
 import torch
 
 from fuseline.kernels import ops
+from fuseline.kernels.cuda import fused
+from fuseline.kernels.cuda.choices import CLUSTER_SIZES, Choice, LaunchTable, default_table
+from fuseline.kernels.cuda.launch import plan_launch
+from fuseline.kernels.cuda.library import load_library
 from fuseline.kernels.reference import blocks
 from fuseline.kernels.types import AttentionWeights, StepMetadata
 
 from . import oracle
 from .cases import SMALL, TINY, AttentionCase, DenseCase, attention_cases, dense_cases
 from .inputs import Layer, Source, decode_step, poison_unused, prepared_attention, prepared_mlp, rotary
+from .planning import launched_by, problems
+from .shapes import EPS, Shape
 
 Tensor = torch.Tensor
 Block = Callable[..., tuple[Tensor, Tensor]]
 ATOL_OF_RMS = 2e-2
 RTOL = 1.6e-2
 MEAN_ERROR_RATIO = 1.5
-EPS = 1e-6
 
 
 @dataclass(slots=True)
@@ -43,7 +48,8 @@ class Checks:
     def close(self, name: str, result: Tensor, exact: Tensor, plain: Tensor | None = None) -> None:
         """Within tolerance of ``exact``, and no worse in the mean than ``plain``, the unfused pipeline's result."""
         error = (result.double() - exact).abs()
-        bound = ATOL_OF_RMS * exact.square().mean().sqrt() + RTOL * exact.abs()
+        # Each row by itself: attention over a short context is larger than over a long one, and so are its errors.
+        bound = ATOL_OF_RMS * exact.square().mean(-1, keepdim=True).sqrt() + RTOL * exact.abs()
         worst = (error / bound).max().item()  # NaN if the result holds one
         self.expect(worst <= 1, f"{name}: the error is {worst:.3g} of what is allowed")
         if plain is not None:
@@ -52,6 +58,10 @@ class Checks:
                 mean <= MEAN_ERROR_RATIO * usual + 1e-9,
                 f"{name}: the mean error is {mean:.3g}, that of unfused bf16 {usual:.3g}",
             )
+
+    def fused(self, name: str, device: torch.device, is_fused: bool) -> None:
+        """That it was a kernel which was checked; on a CPU it is torch."""
+        self.expect(is_fused or device.type != "cuda", f"{name}: computed by torch, not by the kernel")
 
     def same_bits(self, name: str, result: Tensor, expected: Tensor) -> None:
         """Equal bit by bit, NaN included."""
@@ -71,9 +81,19 @@ class AttentionInputs:
     delta: Tensor | None
     rotary: tuple[Tensor, Tensor]
 
+    @property
+    def plan(self) -> ops.AttentionPlan:
+        """Of the step."""
+        return ops.plan_attention(self.step, self.kv[None], [None], self.kv.dtype)
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether the op hands this to the kernel."""
+        return fused.takes_attention_block(self.residual, self.weights, self.layer.spec, self.kv, self.plan)
+
     def run(self, kv: Tensor, block: Block | None = None) -> tuple[Tensor, Tensor]:
         """``residual + delta`` and the delta of ``block``, by default the op; appends to ``kv``."""
-        plan = ops.plan_attention(self.step, kv[None], [None], kv.dtype)
+        plan = self.plan
         block, weights = block or ops.attention_block, self.layer.attention if block else self.weights
         return block(self.residual, self.delta, weights, self.layer.spec, self.rotary, kv, plan)
 
@@ -86,8 +106,8 @@ class AttentionInputs:
             positions=step.positions[one],
             slot_mapping=step.slot_mapping[one],
             query_start=step.query_start[:2],
-            context_lens=step.context_lens[one],
-            block_tables=step.block_tables[one],
+            context_lens=step.context_lens[one].clone(),  # which begin where a kernel takes them from
+            block_tables=step.block_tables[one].clone(),
             query_start_host=step.query_start_host[:2],
             context_lens_host=step.context_lens_host[one],
             max_context_len=context,
@@ -147,8 +167,10 @@ def check_attention(case: AttentionCase, device: torch.device, checks: Checks) -
     checks.same_bits(f"{name}: run again", inputs.run(again)[1], delta)
     again[:, where, :, offsets] = inputs.kv[:, where, :, offsets]
     checks.same_bits(f"{name}: slots of other tokens", again, inputs.kv)
-    # Plain torch, which a CPU runs, promises no such thing.
-    for row in range(step.num_seqs if 1 < step.num_seqs <= 8 and device.type == "cuda" else 0):
+    checks.fused(name, device, inputs.is_fused)
+    if not inputs.is_fused:
+        return  # plain torch promises nothing of what follows
+    for row in range(step.num_seqs) if step.num_seqs <= 8 else (0, step.num_seqs - 1):
         alone = inputs.row(row).run(inputs.kv.clone())[1]
         checks.same_bits(f"{name}: sequence {row} alone and among others", alone, delta[row : row + 1])
 
@@ -161,6 +183,7 @@ def check_mlp(case: DenseCase, device: torch.device, checks: Checks) -> None:
     residual = source.stream(case.batch, case.shape.hidden)
     delta = source.stream(case.batch, case.shape.hidden) if case.delta else None
     ready = prepared_mlp(weights)
+    checks.fused(name, device, fused.takes_mlp_block(residual, ready))
     total, result = ops.mlp_block(residual, delta, ready, EPS)
     _, plain = blocks.mlp_block(residual, delta, weights, EPS)
     checks.close(name, result, oracle.mlp_block(residual, delta, weights, EPS), plain)
@@ -171,19 +194,42 @@ def check_mlp(case: DenseCase, device: torch.device, checks: Checks) -> None:
 
 
 def check_head(case: DenseCase, device: torch.device, checks: Checks) -> None:
-    """One case: logits of the rows in another order."""
+    """One case: logits of the rows in another order, and of those the best, each of which is there twice."""
     name = f"head, {case.name}"
     source, shape = Source(device, 2), case.shape
     norm = source.normal(shape.hidden, std=0.1, mean=1.0)
     weight = source.normal(shape.vocab, shape.hidden, std=shape.hidden**-0.5)
+    half = shape.vocab // 2
+    weight[half : 2 * half] = weight[:half]
     residual = source.stream(case.batch, shape.hidden)
     delta = source.stream(case.batch, shape.hidden) if case.delta else None
     rows = torch.arange(case.batch, device=device).flip(0)
     ready = ops.prepare_head(weight, keep=True)
+    checks.fused(name, device, fused.takes_head(ready, rows))
     logits = ops.head(residual, delta, norm, ready, rows, EPS)
     plain = blocks.head(residual, delta, norm, weight, rows, EPS)
     checks.close(name, logits, oracle.head(residual, delta, norm, weight, EPS)[rows], plain)
     checks.same_bits(f"{name}: run again", ops.head(residual, delta, norm, ready, rows, EPS), logits)
+    expected, expected_rows = logits.sort(dim=1, descending=True, stable=True)
+    for count in (1, 20):
+        best, found = ops.head_candidates(residual, delta, norm, ready, rows, count, EPS)
+        checks.same_bits(f"{name}: best {count}", best, expected[:, :count].contiguous())
+        same = torch.equal(found.long(), expected_rows[:, :count])
+        checks.expect(same, f"{name}: rows of the best {count}")
+
+
+def check_clusters(cluster: int, shape: Shape, device: torch.device, checks: Checks) -> None:
+    """Every block with clusters of this size, which its shape may never be given."""
+    blocks_of_shape = problems(load_library(), shape)
+    table = LaunchTable.of(Choice(problem.name, problem.phases, cluster, ()) for problem in blocks_of_shape)
+    with launched_by(table):
+        for problem in blocks_of_shape:
+            taken = plan_launch(load_library(), problem, 9, default_table()).cluster
+            checks.expect(taken == cluster, f"{problem.name}, clusters of {cluster}: clusters of {taken} are taken")
+        dense = DenseCase(f"clusters of {cluster}", shape, 9)
+        check_mlp(dense, device, checks)
+        check_head(dense, device, checks)
+        check_attention(AttentionCase(dense.name, shape, (300, 1, 70)), device, checks)
 
 
 def check_repeats(case: AttentionCase, device: torch.device, repeats: int, checks: Checks) -> None:
@@ -256,10 +302,13 @@ def _widened(inputs: AttentionInputs, width: int, num_blocks: int) -> AttentionI
 
 
 def checks_of(op: str, device: torch.device, *, tiny: bool) -> Iterator[tuple[str, Callable[[Checks], None]]]:
-    """All checks of "mlp", "attention", "head", or "replays", by name; or those that a CPU can afford."""
+    """All checks of "mlp", "attention", "head", "clusters" or "replays", by name; or those that a CPU can afford."""
     if op == "attention":
         for attention_case in attention_cases(tiny=tiny):
             yield attention_case.name, partial(check_attention, attention_case, device)
+    elif op == "clusters":
+        for cluster in CLUSTER_SIZES if device.type == "cuda" else ():
+            yield f"clusters of {cluster}", partial(check_clusters, cluster, SMALL, device)
     elif op == "replays":
         repeated = AttentionCase("repeats", TINY if tiny else SMALL, (700, 33, 1))
         yield "repeats", partial(check_repeats, repeated, device, 3 if tiny else 1000)

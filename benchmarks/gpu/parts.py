@@ -16,18 +16,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from fuseline.kernels.cuda.attention import attention_problem
 from fuseline.kernels.cuda.choices import default_table
-from fuseline.kernels.cuda.head import head_problem
 from fuseline.kernels.cuda.launch import plan_launch
 from fuseline.kernels.cuda.library import CudaLibrary, load_library
-from fuseline.kernels.cuda.mlp import mlp_problem
 from fuseline.kernels.errors import KernelArgumentError
 
 from . import baselines, collectives, correctness, public, report, tune
-from .blocks import BLOCK_SIZE, EPS, Bench, Figure
+from .blocks import Bench, Figure
 from .cases import TINY
 from .device import Device
+from .planning import problems
 from .shapes import BATCHES, CONTEXTS, SHAPES
 from .watch import GRACE_S, run_watched
 
@@ -109,13 +107,7 @@ def launches(library: CudaLibrary) -> list[dict[str, Any]]:
     """How each block is spread over this GPU, and how many of its clusters cudaOccupancyMaxActiveClusters allows."""
     rows = []
     for shape in SHAPES:
-        cache = (2, 65536, shape.kv_heads, BLOCK_SIZE, shape.head_dim)
-        width = max(CONTEXTS) // BLOCK_SIZE
-        for problem in (
-            mlp_problem(library, shape.hidden, shape.inner, EPS),
-            attention_problem(library, shape.hidden, shape.heads, cache, width, scale=1.0, eps=EPS, window=0),
-            head_problem(library, shape.hidden, shape.vocab, 0, EPS),
-        ):
+        for problem in problems(library, shape):
             for batch in BATCHES:
                 plan = plan_launch(library, problem, batch, default_table())
                 rows.append(
@@ -294,6 +286,7 @@ PARTS = {
     "check-mlp": Part(partial(check, "mlp"), 60),
     "check-head": Part(partial(check, "head"), 60),
     "check-attention": Part(partial(check, "attention"), 120),
+    "check-clusters": Part(partial(check, "clusters"), 60),
     "check-replays": Part(partial(check, "replays"), 60),
     "clusterfusion": Part(build_clusterfusion, 240, 240),
     "time-mlp": Part(partial(time_blocks, "mlp"), 90),

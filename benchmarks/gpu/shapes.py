@@ -49,6 +49,8 @@ SHAPES = (
 )
 BATCHES = (1, 4, 16, 64)
 CONTEXTS = (1024, 4096, 16384)
+BLOCK_SIZE = 16
+EPS = 1e-6
 
 
 def stream_bytes(shape: Shape, batch: int) -> int:

@@ -21,10 +21,10 @@ from fuseline.kernels.cuda.library import CudaLibrary
 from fuseline.kernels.cuda.mlp import mlp_block, mlp_problem
 from fuseline.kernels.packed import pack
 
-from .blocks import BLOCK_SIZE, EPS, DecodeInputs
+from .blocks import DecodeInputs
 from .device import Device
 from .inputs import Source
-from .shapes import Shape, attention_bytes, buffer_sets, floor_us, head_bytes, mlp_bytes
+from .shapes import BLOCK_SIZE, EPS, Shape, attention_bytes, buffer_sets, floor_us, head_bytes, mlp_bytes
 
 Tensor = torch.Tensor
 CLUSTERS = (2, 4, 8)

@@ -98,9 +98,9 @@ def _candidates_cuda(residual: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 
 def _candidates_cpu(residual: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    *given, num_candidates, eps = rest
-    best, found = _logits_cpu(residual, *given, eps).sort(dim=1, descending=True, stable=True)
-    return best[:, :num_candidates].contiguous(), found[:, :num_candidates].int()
+    delta, norm, weight, vocab, rows, num_candidates, eps = rest
+    head.check_head(residual, delta, norm, weight, vocab, rows, num_candidates)
+    return blocks.head_candidates(residual, delta, norm, unpack(weight, vocab), rows, num_candidates, eps)
 
 
 def _candidates_fake(residual: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:

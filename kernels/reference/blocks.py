@@ -53,3 +53,18 @@ def head(
     rows_delta = None if delta is None else delta.index_select(0, logits_indices)
     _, normed = add_rms_norm(rows, rows_delta, norm, eps)
     return linear(normed, weight, None).float()
+
+
+def head_candidates(
+    residual: Tensor,
+    delta: Tensor | None,
+    norm: Tensor,
+    weight: Weight,
+    logits_indices: Tensor,
+    num_candidates: int,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """See ``ops.head_candidates``."""
+    logits = head(residual, delta, norm, weight, logits_indices, eps)
+    best, rows = logits.sort(dim=1, descending=True, stable=True)  # topk takes equal ones in any order
+    return best[:, :num_candidates].contiguous(), rows[:, :num_candidates].int()

@@ -37,7 +37,7 @@ __device__ inline Candidate best_of_warp(Candidate mine) {
     return mine;
 }
 
-// A list in shared memory from which one warp takes the best again and again. Entry i belongs to lane i % 32.
+// A list from which one warp takes the best again and again. Entry i belongs to lane i % 32.
 class Selection {
   public:
     // keys[num_entries]; unit_rows[i / 16]: the row of entry i is that plus i % 16.

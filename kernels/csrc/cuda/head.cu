@@ -2,7 +2,8 @@
 //
 // The LM head is a linear layer like the others. A warp that owns a unit's sums writes them to the logits, if they are
 // wanted, and for candidates to a part of the workspace of its own, from which its CTA picks the best later on. After
-// a grid barrier one warp for each token merges what the CTAs found.
+// a grid barrier one warp for each token merges what the CTAs found. None of this takes shared memory, so candidates
+// are launched as logits are, and have their bits.
 #include <cstdint>
 
 #include "activations.cuh"
@@ -41,12 +42,12 @@ __host__ __device__ uint32_t max_listed(const fl_head_args& args) {
     return divide_up(LINEAR_WARPS, common) * divide_up(units_of_warp(args) * common, args.launch.cluster);
 }
 
-// Their keys and rows, in a warp's part of shared memory.
+// Their keys and rows, listed by a warp for one token at a time.
 __host__ __device__ uint32_t list_bytes(const fl_head_args& args) {
     return max_listed(args) * (UNIT_ROWS + 1) * 4;
 }
 
-// Shared memory of a CTA, in order; the barriers are the ring's, then one each. Lists take the place of the ring.
+// Shared memory of a CTA, in order; the barriers are the ring's, then one each.
 struct HeadLayout {
     uint32_t reduce, sums, x, ring, end;
 
@@ -56,24 +57,28 @@ struct HeadLayout {
         sums = reduce + LINEAR_WARPS * UnitReduce::slot_bytes(batch, cluster);
         x = sums + RowScales::bytes(cluster);
         ring = divide_up(x + x_slice_bytes(batch, args.hidden, cluster), 128) * 128;
-        const uint32_t lists = args.num_candidates == 0 ? 0 : list_bytes(args);
-        end = ring + LINEAR_WARPS * max(args.launch.stages * static_cast<uint32_t>(PIECE_BYTES), lists);
+        end = ring + LINEAR_WARPS * args.launch.stages * PIECE_BYTES;
     }
 };
 
 struct Workspace {
     uint32_t* word;
-    unsigned char* kept; // of CTA 0's warp 0
-    uint2* found;        // [batch, CTAs, num_candidates]
+    unsigned char* kept;  // of CTA 0's warp 0
+    uint2* found;         // [batch, CTAs, num_candidates]
+    unsigned char* lists; // of CTA 0's warp 0
 
     __device__ explicit Workspace(const fl_head_args& args) {
         unsigned char* start = static_cast<unsigned char*>(args.workspace);
         word = reinterpret_cast<uint32_t*>(start);
         kept = start + kWordBytes;
         found = reinterpret_cast<uint2*>(kept + gridDim.x * LINEAR_WARPS * kept_bytes(args));
+        lists = reinterpret_cast<unsigned char*>(found + gridDim.x * args.batch * args.num_candidates);
     }
     __device__ float4* kept_by(const fl_head_args& args, uint32_t warp) const {
         return reinterpret_cast<float4*>(kept + (blockIdx.x * LINEAR_WARPS + warp) * kept_bytes(args));
+    }
+    __device__ uint32_t* list_of(const fl_head_args& args, uint32_t warp) const {
+        return reinterpret_cast<uint32_t*>(lists + (blockIdx.x * LINEAR_WARPS + warp) * list_bytes(args));
     }
 };
 
@@ -177,7 +182,7 @@ __global__ void __launch_bounds__(LINEAR_THREADS, kTiles < 4 ? 2 : 1) head(const
     }
 
     __syncthreads();
-    uint32_t* keys = reinterpret_cast<uint32_t*>(smem + layout.ring + warp * list_bytes(args));
+    uint32_t* keys = workspace.list_of(args, warp);
     uint32_t* rows = keys + UNIT_ROWS * max_listed(args);
     const uint32_t num_candidates = args.num_candidates;
     for (uint32_t token = warp; token < batch; token += LINEAR_WARPS) {
@@ -239,7 +244,8 @@ int64_t fl_cuda_head_workspace(const fl_head_args* args) {
         return kWordBytes;
     }
     const int64_t ctas = static_cast<int64_t>(args->launch.cluster) * args->launch.num_clusters;
-    return kWordBytes + ctas * (LINEAR_WARPS * kept_bytes(*args) + 8ll * args->batch * args->num_candidates);
+    const int64_t of_warp = kept_bytes(*args) + list_bytes(*args);
+    return kWordBytes + ctas * (LINEAR_WARPS * of_warp + 8ll * args->batch * args->num_candidates);
 }
 
 int fl_cuda_head_limits(const fl_head_args* args, fl_limits* limits) {

@@ -17,6 +17,7 @@ from fuseline.benchmarks.gpu.blocks import Bench
 from fuseline.benchmarks.gpu.device import CpuDevice
 from fuseline.benchmarks.gpu.inputs import context_rows, decode_step
 from fuseline.kernels import ops
+from fuseline.kernels.cuda.arguments import MAX_BATCH
 from fuseline.kernels.errors import LaunchError
 
 CPU = torch.device("cpu")
@@ -64,7 +65,8 @@ def test_the_large_cases_cover_what_the_brief_lists() -> None:
     listed = cases.attention_cases(tiny=False)
     contexts = {context for case in listed for context in case.contexts}
     assert {1, 31, 32, 33, 63, 64, 65, 127, 131072} <= contexts
-    assert {len(case.contexts) for case in listed} >= {1, 2, 3, 7, 8, 9, 16, 64}
+    assert {len(case.contexts) for case in listed} >= {1, 2, 3, 7, 8, 9, 16, 64, 65, MAX_BATCH}
+    assert {case.batch for case in cases.dense_cases(tiny=False)} >= {1, 64, 65, MAX_BATCH}
     assert {(case.block_size, case.shape.head_dim) for case in listed} >= {(16, 64), (16, 128), (64, 64), (64, 128)}
     far = next(case for case in listed if case.first_block)
     assert far.first_block * far.shape.kv_heads * far.block_size * far.shape.head_dim > 2**31

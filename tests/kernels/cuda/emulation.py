@@ -79,9 +79,12 @@ class Emulation:
     def buffer(self, name: str, array: Array, *, writable: bool = False, written: bool = True) -> int:
         """Let kernels use an array; its address. Reading what is not ``written`` is an error until a kernel does."""
         self._kept.append(array)
-        address: int = array.ctypes.data
-        self._emulator.fl_emu_buffer(name.encode(), address, array.nbytes, writable, written)
-        return address
+        self.memory(name, array.ctypes.data, array.nbytes, writable=writable, written=written)
+        return int(array.ctypes.data)
+
+    def memory(self, name: str, address: int, num_bytes: int, *, writable: bool, written: bool = True) -> None:
+        """Likewise, memory that somebody else keeps until the end of the run."""
+        self._emulator.fl_emu_buffer(name.encode(), address, num_bytes, writable, written)
 
     def output(self, name: str, shape: tuple[int, ...], dtype: Any = np.float32) -> tuple[Array, int]:
         """An array to be written, and its address."""

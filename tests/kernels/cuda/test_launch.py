@@ -2,25 +2,14 @@
 
 import pytest
 
+from fuseline.benchmarks.gpu.planning import problems
 from fuseline.benchmarks.gpu.shapes import SHAPES, Shape
 from fuseline.kernels.cuda import launch
-from fuseline.kernels.cuda.attention import attention_problem
 from fuseline.kernels.cuda.head import head_problem
-from fuseline.kernels.cuda.launch import Problem
 from fuseline.kernels.cuda.layout import MAX_SHARED_BYTES
 from fuseline.kernels.cuda.library import CudaLibrary
-from fuseline.kernels.cuda.mlp import mlp_problem
 
 pytestmark = pytest.mark.timeout(900)  # the first test compiles all kernels
-
-
-def problems(library: CudaLibrary, shape: Shape) -> list[Problem]:
-    cache = (2, 4096, shape.kv_heads, 16, shape.head_dim)
-    return [
-        mlp_problem(library, shape.hidden, shape.inner, 1e-6),
-        attention_problem(library, shape.hidden, shape.heads, cache, 1024, scale=1.0, eps=1e-6, window=0),
-        head_problem(library, shape.hidden, shape.vocab, 0, 1e-6),
-    ]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
@@ -33,6 +22,16 @@ def test_every_block_fits_at_one_cluster_size_for_every_batch(cuda_library: Cuda
             assert stages >= launch.MIN_STAGES
             needed = launch.shared_bytes(cuda_library, problem, batch, cluster, stages)
             assert 0 < needed <= MAX_SHARED_BYTES
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
+def test_candidates_are_launched_as_logits_are(cuda_library: CudaLibrary, shape: Shape) -> None:
+    """So that they have the bits of the logits."""
+    logits, candidates = (head_problem(cuda_library, shape.hidden, shape.vocab, count, 1e-6) for count in (0, 20))
+    assert launch.choose_cluster(cuda_library, candidates) == launch.choose_cluster(cuda_library, logits)
+    for batch in (1, 64):
+        stages = [launch.most_stages(cuda_library, of, batch, 4, MAX_SHARED_BYTES) for of in (logits, candidates)]
+        assert stages[0] == stages[1] >= launch.MIN_STAGES
 
 
 def test_clusters_are_taken_that_divide_the_work() -> None:
