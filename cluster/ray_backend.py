@@ -296,6 +296,8 @@ def _init(**options: Any) -> Any:
         with tempfile.TemporaryDirectory(dir=options.get("_temp_dir")) as empty:
             environment = {"working_dir": empty}
             ray.init(log_to_driver=False, logging_level=logging.ERROR, runtime_env=environment, **options)
+        # Ray would print a coloured paragraph to standard output for a worker that is killed, log_to_driver or not.
+        ray._private.worker._worker_logs_enabled = False
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         why, _, _ = str(error).strip().partition("\n")
         raise UnavailableError(f"Ray cannot be started or reached: {why}") from error

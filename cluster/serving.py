@@ -27,11 +27,11 @@ from ..workers.loader import check_cut, model_info, resolve_model, runnable_dtyp
 from ..workers.tokenizer import Tokenizer
 from .cli import INTERRUPTED
 from .cluster_config import ClusterConfig, PoolConfig, is_loopback
-from .cluster_service import ClusterService
+from .cluster_service import ClusterControl, ClusterService
 from .gateway import Gateway, GatewayConfig, join_address
 from .processes import descendants, end_all
 from .ray_backend import RayBackend
-from .start_news import StartNews
+from .replica_news import LossNews, StartNews
 from .wording import counted
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -171,15 +171,16 @@ async def _serve(
     stopping.attach()
     port = await gateway.start()
     try:
-        ready = asyncio.create_task(_wait_ready(backend, gateway, say))
+        telling = asyncio.create_task(_wait_ready(backend, gateway, say))
         ended = asyncio.create_task(_ended(backend, gateway, stopping))
-        await asyncio.wait({ready, ended}, return_when=asyncio.FIRST_COMPLETED)
-        if ready.done() and not ended.done():
-            ready.result()
+        await asyncio.wait({telling, ended}, return_when=asyncio.FIRST_COMPLETED)
+        if telling.done() and not ended.done():
+            telling.result()
             say(f"ready in {time.monotonic() - started_at:.1f} s: {join_address(config.host, port)} (Ctrl-C stops)")
+            telling = asyncio.create_task(_tell_losses(backend.controller, say))
         await asyncio.wait({ended})
-        ready.cancel()
-        await asyncio.gather(ready, return_exceptions=True)
+        telling.cancel()
+        await asyncio.gather(telling, return_exceptions=True)
         ended.result()
         say(f"stopping, {counted(gateway.num_sequences, 'sequence')} under way")
     finally:
@@ -224,6 +225,20 @@ async def _wait_ready(backend: RayBackend, gateway: Gateway, say: Say) -> None:
             break
         status = await backend.controller.status(status.version, LONG_POLL_S)
     await gateway.wait_ready()
+
+
+async def _tell_losses(control: ClusterControl, say: Say) -> None:
+    """Tell of replicas that are lost; goes on until it is cancelled."""
+    told, version = LossNews(), -1
+    while True:
+        try:
+            status = await control.status(version, LONG_POLL_S)
+        except UnavailableError:  # whether the controller comes back is for others to judge
+            await asyncio.sleep(LONG_POLL_S)
+            continue
+        version = status.version
+        for line in told.news(status):
+            say(line)
 
 
 def _numbers(model: ModelInfo) -> str:

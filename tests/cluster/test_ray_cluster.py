@@ -117,7 +117,9 @@ async def test_decode_scales_up_and_down_while_requests_run_and_none_is_lost(bac
             stop.set()
 
 
-async def test_replicas_of_killed_processes_are_replaced(backend: RayBackend) -> None:
+async def test_replicas_of_killed_processes_are_replaced(
+    backend: RayBackend, capfd: pytest.CaptureFixture[str]
+) -> None:
     status = await until(backend.controller, lambda status: status.reached)
     prefill, decode = status.replicas
     doomed = {process for process in descendants(os.getpid()) if process.pid in (*prefill.pids, *decode.pids)}
@@ -130,6 +132,7 @@ async def test_replicas_of_killed_processes_are_replaced(backend: RayBackend) ->
     assert {row.worker_id for row in status.replicas}.isdisjoint({prefill.worker_id, decode.worker_id})
     assert [row.num_restarts for row in status.replicas] == [1, 1]
     assert await asyncio.to_thread(wait_ended, doomed, STOP_TIMEOUT_S) == set()
+    assert "raylet" not in "".join(capfd.readouterr()), "it is for us to tell users of it"
 
 
 def is_ready(status: ControllerStatus, worker_id: str) -> bool:

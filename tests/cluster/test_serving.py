@@ -18,6 +18,7 @@ import pytest
 
 from fuseline.cluster import serving
 from fuseline.runtime.errors import InternalError
+from fuseline.tests.cluster.memory_cluster import Cluster, reached, running
 from fuseline.tests.cluster.scripted_worker import until
 from fuseline.tests.timing import PATIENTLY_S, PROMPTLY_S
 from fuseline.workers.loader import model_info
@@ -122,6 +123,19 @@ async def test_it_ends_when_its_gateway_fails_unless_it_was_told_to() -> None:
         await serving._ended(broken, broken, stopping)
     stopping.ask()
     await serving._ended(broken, broken, stopping)
+
+
+async def test_a_lost_replica_is_told_of_while_it_serves() -> None:
+    cluster, said = Cluster(), asyncio.Queue[str]()
+    async with running(cluster) as controller:
+        _, decode = await reached(controller)
+        telling = asyncio.create_task(serving._tell_losses(controller, said.put_nowait))
+        cluster.on_start = lambda worker: None
+        cluster.kill(decode)
+        async with asyncio.timeout(PROMPTLY_S):
+            line = await said.get()
+        telling.cancel()
+    assert re.fullmatch(rf"decode-0-\w+: replaces one that failed: process of {decode} died", line)
 
 
 async def test_ctrl_c_while_ray_starts_is_answered_at_once(temporary_files: Path) -> None:

@@ -1,11 +1,11 @@
-"""What is told while replicas come up: changes at once, bytes now and then, nothing twice."""
+"""What is told of replicas: changes at once, bytes now and then, each loss, nothing twice."""
 
 from __future__ import annotations
 
 from fuseline.cluster.membership import ReplicaState
 from fuseline.cluster.messages import ControllerStatus, Loading, ReplicaRow
 from fuseline.cluster.reconcile import Target
-from fuseline.cluster.start_news import NEWS_S, StartNews
+from fuseline.cluster.replica_news import NEWS_S, LossNews, StartNews
 from fuseline.runtime.role import WorkerRole
 from fuseline.tests.cluster.memory_cluster import CONFIG
 
@@ -43,3 +43,16 @@ def test_troubles_are_told_with_what_is_known_of_them() -> None:
     again = row(ReplicaState.STARTING, Loading(), "replaces one that failed: out of memory", num_restarts=1)
     line = told.news(status(again), 0.0)
     assert line == "loading on cpu: 0 of 2 workers ready; decode-0-ab: replaces one that failed: out of memory"
+
+
+def test_each_loss_is_told_once() -> None:
+    told = LossNews()
+    well = row(ReplicaState.READY, Loading())
+    waiting = row(ReplicaState.STARTING, Loading(), "waits for its process")
+    assert told.news(status(well, waiting)) == []
+    first = row(ReplicaState.STARTING, Loading(), "replaces one that failed: out of memory", num_restarts=1)
+    assert told.news(status(well, first)) == ["decode-0-ab: replaces one that failed: out of memory"]
+    assert told.news(status(waiting, first)) == []
+    assert told.news(status(well, row(ReplicaState.READY, Loading(), num_restarts=1))) == []
+    second = row(ReplicaState.STARTING, Loading(), "failed 2 times in a row", num_restarts=2)
+    assert told.news(status(well, second)) == ["decode-0-ab: failed 2 times in a row"]

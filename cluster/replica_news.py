@@ -1,9 +1,9 @@
-"""What ``fuseline serve`` tells while its replicas come up."""
+"""What ``fuseline serve`` tells of its replicas: while they come up, and when one is lost later."""
 
 from __future__ import annotations
 
 from .membership import ReplicaState
-from .messages import ControllerStatus
+from .messages import ControllerStatus, ReplicaRow
 from .status import progress_text
 from .wording import counted
 
@@ -22,7 +22,7 @@ class StartNews:
         """A line, or nothing if there is nothing to say yet."""
         num_wanted = status.target.prefill + status.target.decode
         num_ready = sum(replica.state is ReplicaState.READY for replica in status.replicas)
-        troubles = "".join(f"; {r.worker_id}: {r.message}" for r in status.replicas if r.message and r.num_restarts)
+        troubles = "".join(f"; {row.worker_id}: {row.message}" for row in _troubled(status))
         states = f"{num_ready} of {counted(num_wanted, 'worker')} ready{troubles}"
         loading = [replica.loading for replica in status.replicas if replica.state is ReplicaState.STARTING]
         read = progress_text(sum(x.done_bytes for x in loading), sum(x.total_bytes for x in loading))
@@ -31,3 +31,21 @@ class StartNews:
             return ""
         self._states, self._line, self._told_at = states, line, now
         return line
+
+
+class LossNews:
+    """What is new of replicas that were lost: each loss once, told of what takes the lost one's place."""
+
+    def __init__(self) -> None:
+        self._told: set[tuple[str, int]] = set()
+
+    def news(self, status: ControllerStatus) -> list[str]:
+        """A line for each."""
+        losses = {(row.worker_id, row.num_restarts): row for row in _troubled(status)}
+        lines = [f"{row.worker_id}: {row.message}" for loss, row in losses.items() if loss not in self._told]
+        self._told = set(losses)
+        return lines
+
+
+def _troubled(status: ControllerStatus) -> list[ReplicaRow]:
+    return [row for row in status.replicas if row.message and row.num_restarts]
