@@ -114,7 +114,7 @@ class StepChannel:
             except OSError as error:
                 raise UnavailableError(f"{self._peer} is gone: {error}") from error
             if got == 0:
-                raise UnavailableError(f"{self._peer} is gone: it closed the connection")
+                raise UnavailableError(f"{self._peer} closed the connection")
             done += got
         return bytes(buffer)
 
