@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from typing import Annotated
 
 import typer
@@ -13,6 +14,7 @@ from ..client import Client
 from ..status import ClusterStatus, ReplicaStatus
 from .common import DEFAULT, Address, reporting
 
+PIPED_COLUMNS = 1000  # for a table in a pipe or file, where nothing is to be cut
 _STYLES = {"ready": "green", "starting": "yellow", "draining": "yellow", "failed": "red"}
 
 
@@ -85,12 +87,13 @@ def _show(seen: ClusterStatus) -> None:
         table.add_column(column, justify="left" if column in ("worker", "role", "state") else "right", no_wrap=True)
     for replica in seen.replicas:
         table.add_row(*_row(replica))
-    console = Console()
-    console.print(f"{seen.model}: {target}; up {seen.uptime_s:.0f} s; Fuseline {seen.version}", highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else PIPED_COLUMNS)
+    head = f"{seen.model}: {target}; up {seen.uptime_s:.0f} s; Fuseline {seen.version}"
+    console.print(head, highlight=False, soft_wrap=True)
     console.print(table)
     for replica in seen.replicas:
         if told := "; ".join(filter(None, (replica.progress, replica.message))):
-            console.print(f"{replica.worker_id}: {told}", markup=False)
+            console.print(f"{replica.worker_id}: {told}", markup=False, soft_wrap=True)
 
 
 def _row(replica: ReplicaStatus) -> tuple[str, ...]:

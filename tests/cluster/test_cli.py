@@ -165,7 +165,7 @@ async def fuseline(cluster: LiveCluster, *arguments: str, given: str = "") -> To
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
-        env=os.environ | {"FUSELINE_ADDRESS": cluster.address, "COLUMNS": "200"},
+        env=os.environ | {"FUSELINE_ADDRESS": cluster.address, "COLUMNS": "40"},
     )
     out, err = await process.communicate(given.encode())
     return process.returncode, out.decode(), err.decode()
