@@ -322,12 +322,14 @@ def head_candidates(
     return blocks.head_candidates(residual, delta, norm, weight, logits_indices, num_candidates, eps)
 
 
-def prepare_attention(weights: AttentionWeights, spec: AttentionSpec) -> AttentionWeights:
+def prepare_attention(weights: AttentionWeights, spec: AttentionSpec, kv_dtype: torch.dtype) -> AttentionWeights:
     """The weights in the form that this machine's ``attention_block`` is fastest with; call once, before any step.
+
+    ``kv_dtype`` is that of the caches to come: with one of int8 torch computes on a GPU, which wants rows.
 
     The same bytes in another order: it may take the memory of those given, which are then not to be used any more.
     """
-    return fused.prepare_attention(weights, spec)
+    return fused.prepare_attention(weights, spec, kv_dtype)
 
 
 def prepare_mlp(weights: MlpWeights) -> MlpWeights:

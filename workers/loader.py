@@ -16,7 +16,7 @@ from ..runtime.config import KV_CACHE_DTYPES, ModelInfo, check_choice
 from ..runtime.errors import InvalidArgumentError, ModelFormatError, NotFoundError
 from ..runtime.sharding import ParallelConfig
 from .checkpoint import DTYPE_BYTES, FLOATS, Checkpoint
-from .models.config import DTYPES, DecoderConfig
+from .models.config import DTYPES, KV_DTYPES, DecoderConfig
 from .models.decoder import DecoderModel
 from .models.registry import load_model_config
 from .quantization.cache import FORMAT_VERSION, Arena, aligned, open_arena
@@ -138,6 +138,7 @@ def load_model(
     communicators: GroupCommunicators,
     progress: Progress | None = None,
     quantization: str = "auto",
+    kv_cache_dtype: str = "auto",
 ) -> DecoderModel:
     """Load what ``rank`` holds; of every tensor only the rank's own slice is read.
 
@@ -147,7 +148,7 @@ def load_model(
     Args:
         dtype: "float32", "bfloat16" or "float16"; floats stored otherwise are converted.
         progress: called with the bytes read so far and the bytes this rank will have read.
-        quantization: as for ``model_info``.
+        quantization, kv_cache_dtype: as for ``model_info``.
 
     Raises:
         ModelFormatError: the weights are missing, malformed, or not those that ``config`` describes.
@@ -176,7 +177,8 @@ def load_model(
             for done in fill(checkpoint, quantized):
                 report.add(int(done * size) - before)
                 before = int(done * size)
-    return DecoderModel(config, parallel, rank, layout.weights, communicators.tp)
+    kv_dtype = None if kv_cache_dtype == "auto" else KV_DTYPES[kv_cache_dtype]
+    return DecoderModel(config, parallel, rank, layout.weights, communicators.tp, kv_dtype)
 
 
 class _Report:

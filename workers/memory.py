@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ..kernels.kv_rows import row_width
+from ..kernels.reference.attention_plan import GROUP_TOKENS
 from ..runtime.config import ModelInfo, SchedulerConfig
 from ..runtime.errors import ResourceExhaustedError
 from ..runtime.scheduler import MAX_PROMPT_LOGPROB_TOKENS
@@ -73,8 +74,8 @@ def kv_budget_bytes(
 
 
 def step_workspace_bytes(info: ModelInfo, scheduler: SchedulerConfig, parallel: ParallelConfig) -> int:
-    """An upper estimate of a step's temporaries: activations of one layer, logits as computed and in float32, and
-    what sampler and attention need beside them."""
+    """An upper estimate of a GPU step's temporaries: activations of one layer, logits as computed and in float32,
+    what sampler and attention need beside them, the KV that attention gathers, and a packed weight's rows."""
     shape, tp = info.shape, parallel.tensor_parallel_size
     itemsize = DTYPES[info.dtype].itemsize
     qkv = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim // tp
@@ -82,7 +83,28 @@ def step_workspace_bytes(info: ModelInfo, scheduler: SchedulerConfig, parallel: 
     per_token += 2 * shape.hidden_size * 4  # the residual stream is float32
     num_logits = scheduler.max_num_seqs + min(scheduler.max_num_batched_tokens, MAX_PROMPT_LOGPROB_TOKENS)
     logits = num_logits * shape.vocab_size * (itemsize + 4)
-    return int((scheduler.max_num_batched_tokens * per_token + logits) * _WORKSPACE_SLACK) + 256 * 2**20
+    activations = int((scheduler.max_num_batched_tokens * per_token + logits) * _WORKSPACE_SLACK)
+    return activations + _gather_bytes(info, tp) + _unpacked_bytes(info, tp) + 256 * 2**20
+
+
+def _gather_bytes(info: ModelInfo, tp: int) -> int:
+    """Of the longest context, or of a group of shorter ones: rows as they are cached, if in int8, and as floats."""
+    shape, kv_dtype = info.shape, KV_DTYPES[info.kv_dtype]
+    row_bytes = shape.head_dim * DTYPES[info.dtype].itemsize
+    if kv_dtype == torch.int8:
+        row_bytes += row_width(shape.head_dim, kv_dtype)
+    return max(info.max_model_len, GROUP_TOKENS) * 2 * -(-shape.num_kv_heads // tp) * row_bytes
+
+
+def _unpacked_bytes(info: ModelInfo, tp: int) -> int:
+    """Of the largest weight, which the GPU's blocks have in an order of their own, and torch needs in rows."""
+    if DTYPES[info.dtype] != torch.bfloat16:
+        return 0
+    shape = info.shape
+    rows = max(
+        (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim, 2 * shape.intermediate_size, shape.vocab_size
+    )
+    return -(-rows // tp) * shape.hidden_size * 2
 
 
 def available_memory_bytes() -> int:

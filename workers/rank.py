@@ -216,6 +216,7 @@ class RankWorker:
             self._communicators,
             _LoadingReporter(self.rank, self._progress),
             info.quantization,
+            info.kv_cache_dtype,
         )
         self._config = config
         if config.num_kv_blocks is not None:

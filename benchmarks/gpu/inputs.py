@@ -28,7 +28,7 @@ class Layer:
 def prepared_attention(weights: AttentionWeights, spec: AttentionSpec) -> AttentionWeights:
     """In the form that the op takes, beside those given."""
     qkv, out = float_weight(weights.qkv).clone(), float_weight(weights.out).clone()
-    return ops.prepare_attention(replace(weights, qkv=qkv, out=out), spec)
+    return ops.prepare_attention(replace(weights, qkv=qkv, out=out), spec, weights.norm.dtype)
 
 
 def prepared_mlp(weights: MlpWeights) -> MlpWeights:

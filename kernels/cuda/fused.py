@@ -126,9 +126,13 @@ def head_candidates(
     return result
 
 
-def prepare_attention(weights: AttentionWeights, spec: AttentionSpec) -> AttentionWeights:
+def prepare_attention(weights: AttentionWeights, spec: AttentionSpec, kv_dtype: torch.dtype) -> AttentionWeights:
     """See ``ops.prepare_attention``."""
-    if spec.head_dim not in HEAD_DIMS or not (_packable(weights.qkv) and _packable(weights.out)):
+    if (
+        spec.head_dim not in HEAD_DIMS
+        or kv_dtype != torch.bfloat16
+        or not (_packable(weights.qkv) and _packable(weights.out))
+    ):
         return weights
     return replace(weights, qkv=_pack(weights.qkv, spec.head_dim), out=_pack(weights.out))
 

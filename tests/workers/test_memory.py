@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import psutil
 import pytest
@@ -61,6 +62,28 @@ def test_workspace_grows_with_the_step() -> None:
         INFO, SCHEDULER, ParallelConfig()
     )
     assert more > 63_000 * 512 * 2
+
+
+def test_workspace_holds_what_attention_gathers() -> None:
+    def needed(**changes: Any) -> int:
+        return step_workspace_bytes(replace(INFO, **changes), SCHEDULER, ParallelConfig())
+
+    per_token = 2 * 2 * 64  # keys and values of two heads
+    assert needed(max_model_len=100_000) - needed(max_model_len=50_000) == 50_000 * per_token * 2
+    longer = needed(max_model_len=100_000, kv_cache_dtype="int8") - needed(
+        max_model_len=50_000, kv_cache_dtype="int8"
+    )
+    assert longer == 50_000 * (per_token * 3 + 2 * 2 * 4)  # as bfloat16 and as integers with a scale
+    assert needed(max_model_len=16) == needed(max_model_len=1000), "short contexts are gathered together"
+
+
+def test_workspace_holds_a_weight_s_rows() -> None:
+    """bfloat16 weights may be packed, float16 ones never are; all else is the same."""
+    packed, whole = (
+        step_workspace_bytes(replace(INFO, dtype=dtype), SCHEDULER, ParallelConfig(2))
+        for dtype in ("bfloat16", "float16")
+    )
+    assert packed - whole == 1024 * 512 * 2  # gate and up
 
 
 @pytest.mark.parametrize("num_bytes", [2**60, 2**70])

@@ -29,6 +29,9 @@ Tensor = torch.Tensor
 class DecoderModel:
     """One rank's share of a decoder.
 
+    Args:
+        kv_dtype: of the caches that it will be used with; None for its own.
+
     Attributes:
         config: of the whole model.
         weights: this rank's, in execution order; they never require gradients.
@@ -42,14 +45,16 @@ class DecoderModel:
         rank: int,
         weights: DecoderWeights,
         tp: Communicator,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
+        norm = weights.layers[0].attention.norm
+        self._dtype, self._device = norm.dtype, norm.device
         self.config = config
-        self.weights = weights = prepare_weights(weights)  # and forget those given, whose memory may be taken
+        # Those given are not kept: their memory may be taken.
+        self.weights = weights = prepare_weights(weights, kv_dtype or self._dtype)
         self._parallel = parallel
         self._rank = rank
         self._tp = tp
-        norm = weights.layers[0].attention.norm
-        self._dtype, self._device = norm.dtype, norm.device
         self._program = make_program(config, weights, tp)
         self.is_native = isinstance(self._program, NativeProgram)
         # The ranges in which a step runs: op by op when sums are to be made between them, up to every attention block

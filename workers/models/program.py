@@ -173,10 +173,17 @@ class BlockProgram:
         )
 
 
-def prepare_weights(weights: DecoderWeights) -> DecoderWeights:
-    """In the form that the ops are fastest with. They may take the memory of those given, but for the embedding."""
+def prepare_weights(weights: DecoderWeights, kv_dtype: torch.dtype) -> DecoderWeights:
+    """In the form that the ops are fastest with over such a KV cache.
+
+    They may take the memory of those given, but for the embedding.
+    """
     layers = tuple(
-        replace(layer, attention=ops.prepare_attention(layer.attention, layer.spec), mlp=ops.prepare_mlp(layer.mlp))
+        replace(
+            layer,
+            attention=ops.prepare_attention(layer.attention, layer.spec, kv_dtype),
+            mlp=ops.prepare_mlp(layer.mlp),
+        )
         for layer in weights.layers
     )
     head = weights.head

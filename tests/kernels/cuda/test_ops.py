@@ -166,12 +166,15 @@ def test_candidates_are_the_best_logits() -> None:
 def test_preparing_packs_what_will_be_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, head_dim = Source(CPU, 0).layer(SHAPE), SHAPE.head_dim
     table = torch.zeros(20, SHAPE.hidden, dtype=torch.bfloat16)
-    assert ops.prepare_attention(layer.attention, layer.spec) is layer.attention, "there is no GPU"
+    assert ops.prepare_attention(layer.attention, layer.spec, torch.bfloat16) is layer.attention, "there is no GPU"
     assert ops.prepare_mlp(layer.mlp) is layer.mlp
     assert ops.prepare_head(table, keep=False) is table
     monkeypatch.setattr(fused, "_usable", lambda device: True)
     qkv, gate_up = float_weight(layer.attention.qkv).clone(), float_weight(layer.mlp.gate_up).clone()
-    attention, mlp = ops.prepare_attention(layer.attention, layer.spec), ops.prepare_mlp(layer.mlp)
+    whole = ops.prepare_attention(layer.attention, layer.spec, torch.int8)
+    assert whole is layer.attention, "torch attends over int8, and would unpack weights in every step"
+    attention = ops.prepare_attention(layer.attention, layer.spec, torch.bfloat16)
+    mlp = ops.prepare_mlp(layer.mlp)
     attention.check(layer.spec)
     mlp.check()
     for packed, rows, group_rows in ((attention.qkv, qkv, head_dim), (mlp.gate_up, gate_up, 2 * SHAPE.inner)):
@@ -181,7 +184,7 @@ def test_preparing_packs_what_will_be_taken(monkeypatch: pytest.MonkeyPatch) -> 
     exact = replace(layer.mlp, down=layer.mlp.down.float())  # type: ignore[union-attr]
     assert ops.prepare_mlp(exact) is exact
     odd = replace(layer.spec, head_dim=96)
-    assert ops.prepare_attention(layer.attention, odd) is layer.attention
+    assert ops.prepare_attention(layer.attention, odd, torch.bfloat16) is layer.attention
 
 
 def plan(inputs: correctness.AttentionInputs) -> ops.AttentionPlan:

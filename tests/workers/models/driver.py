@@ -174,7 +174,17 @@ def run_group(
     driver = None
     try:
         models = [
-            load_model(path, config, dtype, CPU, parallel, rank, communicators[rank], quantization=quantization)
+            load_model(
+                path,
+                config,
+                dtype,
+                CPU,
+                parallel,
+                rank,
+                communicators[rank],
+                quantization=quantization,
+                kv_cache_dtype="int8" if kv_dtype == torch.int8 else "auto",
+            )
             for rank in range(parallel.world_size)
         ]
         driver = Driver(models, communicators, parallel, block_size, num_blocks, seed, kv_dtype)

@@ -19,9 +19,13 @@ from fuseline.workers.checkpoint import Checkpoint
 from fuseline.workers.models import program
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_packed_weights_give_the_same_bits(tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts longer and shorter than a block takes, and single tokens."""
+@pytest.mark.parametrize(
+    ("tied", "kv_dtype", "per_layer"), [(False, None, 4), (True, None, 4), (False, torch.int8, 2)]
+)
+def test_packed_weights_give_the_same_bits(
+    tied: bool, kv_dtype: torch.dtype | None, per_layer: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts longer and shorter than a block takes, and single tokens. Over int8 attention keeps its rows."""
     monkeypatch.setattr(program, "native_library", lambda: None)
     write_checkpoint(
         tmp_path,
@@ -40,8 +44,8 @@ def test_packed_weights_give_the_same_bits(tied: bool, tmp_path: Path, monkeypat
     monkeypatch.setattr(Checkpoint, "view", lambda self, wanted, dtype: None)  # read, as for a GPU, not mapped
     for usable in (False, True):
         monkeypatch.setattr(fused, "_usable", lambda device, usable=usable: usable)
-        with run_group(tmp_path, dtype="bfloat16", block_size=16) as driver:
+        with run_group(tmp_path, dtype="bfloat16", block_size=16, kv_dtype=kv_dtype) as driver:
             results.append(driver.greedy(prompts, 6))
     assert results[0] == results[1]
     assert sum(keep for _, keep in packed) == tied
-    assert len(packed) > 4
+    assert len(packed) == 3 * per_layer + 1
