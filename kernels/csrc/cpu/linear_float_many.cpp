@@ -89,11 +89,12 @@ void transpose_rows(const LinearWeight& weight, Range rows, Range cols) {
         }
         float* to = transposed + half * kLanes;
         for (int64_t at = 0; at < cols.size(); at += step) {
-            T tail[kLanes][step] = {};
+            T tail[kLanes][step];
             const T* elements[kLanes];
             for (int i = 0; i < kLanes; ++i) {
                 elements[i] = from[i] + at;
                 if (at + step > cols.size()) {
+                    std::memset(tail[i], 0, sizeof tail[i]);
                     std::memcpy(tail[i], elements[i], (cols.size() - at) * sizeof(T));
                     elements[i] = tail[i];
                 }
