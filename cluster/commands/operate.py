@@ -23,7 +23,9 @@ def scale(
     sizes: Annotated[list[str], typer.Argument(metavar="POOL=N...", help="Such as: decode=3 prefill=1")],
     address: Address = DEFAULT,
     wait: Annotated[bool, typer.Option("--wait", help="Return when the pools are there.")] = False,
-    timeout: Annotated[float | None, typer.Option(help="Wait no longer than so many seconds; the target stands.")] = None,
+    timeout: Annotated[
+        float | None, typer.Option(help="Wait no longer than so many seconds; the target stands.")
+    ] = None,
 ) -> None:
     """Set how many replicas pools should have.
 
