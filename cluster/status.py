@@ -7,14 +7,9 @@ from dataclasses import dataclass
 from ..proto.fuseline.v1 import cluster_pb2, worker_pb2
 from ..runtime.errors import InvalidArgumentError
 from ..runtime.role import WorkerRole
-from ..workers.wire import copied
+from ..workers.wire import ROLE_TO_WIRE, copied
 
-_ROLES = {
-    WorkerRole.PREFILL: worker_pb2.WORKER_ROLE_PREFILL,
-    WorkerRole.DECODE: worker_pb2.WORKER_ROLE_DECODE,
-    WorkerRole.MIXED: worker_pb2.WORKER_ROLE_MIXED,
-}
-KNOWN_ROLES = frozenset(_ROLES.values())
+KNOWN_ROLES = frozenset(ROLE_TO_WIRE.values())
 _STATES: dict[int, str] = {
     cluster_pb2.REPLICA_STATE_STARTING: "starting",
     cluster_pb2.REPLICA_STATE_READY: "ready",
@@ -108,7 +103,7 @@ def role_to_wire(role: str) -> worker_pb2.WorkerRole:
     Raises:
         InvalidArgumentError: there is no such role.
     """
-    for known, value in _ROLES.items():
+    for known, value in ROLE_TO_WIRE.items():
         if known == role:
             return value
     raise InvalidArgumentError(f"there is no pool {role!r}; pools are prefill and decode", field="pool", value=role)
@@ -120,7 +115,7 @@ def role_from_wire(value: int) -> WorkerRole:
     Raises:
         InvalidArgumentError: this version does not know it.
     """
-    for role, known in _ROLES.items():
+    for role, known in ROLE_TO_WIRE.items():
         if known == value:
             return role
     raise InvalidArgumentError(f"unknown worker role {value}", field="role", value=value)

@@ -17,6 +17,7 @@ from ..proto.fuseline.v1 import common_pb2, worker_pb2
 from ..runtime.errors import ErrorCode, InvalidArgumentError
 from ..runtime.handoff import KvReservation, Provenance, RankEndpoint
 from ..runtime.request import MAX_TOKEN_ID, FinishReason, Phase, Request, SequenceOutput, TokenLogprobs
+from ..runtime.role import WorkerRole
 from ..runtime.sampling_params import MAX_SEED, SamplingParams
 from ..runtime.sharding import KvRange
 
@@ -42,6 +43,11 @@ _SCALAR_SAMPLING_FIELDS = (
     "logprobs",
     "prompt_logprobs",
 )
+ROLE_TO_WIRE = {
+    WorkerRole.PREFILL: worker_pb2.WORKER_ROLE_PREFILL,
+    WorkerRole.DECODE: worker_pb2.WORKER_ROLE_DECODE,
+    WorkerRole.MIXED: worker_pb2.WORKER_ROLE_MIXED,
+}
 _FINISH_TO_WIRE = {
     None: common_pb2.FINISH_REASON_UNSPECIFIED,
     FinishReason.STOP: common_pb2.FINISH_REASON_STOP,

@@ -17,6 +17,7 @@ from ...runtime.errors import UnavailableError
 from ...runtime.role import WorkerRole
 from ..engine_thread import EngineThread
 from ..grpc_errors import answering
+from ..wire import ROLE_TO_WIRE
 from .leases import Leases
 
 DEFAULT_INTERVAL_S = 0.05
@@ -24,12 +25,6 @@ MIN_INTERVAL_S = 0.01
 MAX_INTERVAL_S = 1.0
 MAX_DRAIN_S = 3600.0  # of a drain whose caller set no deadline
 ANSWER_MARGIN_S = 0.2  # before the caller's deadline, so that the answer arrives
-
-_ROLE_TO_WIRE = {
-    WorkerRole.PREFILL: worker_pb2.WORKER_ROLE_PREFILL,
-    WorkerRole.DECODE: worker_pb2.WORKER_ROLE_DECODE,
-    WorkerRole.MIXED: worker_pb2.WORKER_ROLE_MIXED,
-}
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -115,7 +110,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
     def _to_wire(self, stats: EngineStats) -> worker_pb2.WorkerSnapshot:
         return worker_pb2.WorkerSnapshot(
             worker_id=self._worker_id,
-            role=_ROLE_TO_WIRE[self.role],
+            role=ROLE_TO_WIRE[self.role],
             draining=self._leases.is_draining,
             num_running=stats.num_running,
             num_waiting=stats.num_waiting,
