@@ -20,7 +20,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -97,7 +97,6 @@ def open_arena(key: str, num_bytes: int) -> Iterator[Arena]:
                 return
             yield Arena(memory, HEADER_BYTES, filled=False)
             _seal(memory, key, num_bytes)
-        _prune(folder)
 
 
 def _usable_folder(num_bytes: int) -> Path | None:
@@ -142,26 +141,38 @@ def _map(path: Path, key: str, num_bytes: int) -> Arena | None:
 @contextmanager
 def _new_file(folder: Path, key: str, num_bytes: int) -> Iterator[mmap.mmap | None]:
     """A file that becomes the cache's when the context ends without an error; None where there is no room for it."""
-    for left in folder.glob(f".{key}-*"):  # of a process that died; no other makes this file now
-        left.unlink(missing_ok=True)
-    memory = None
-    descriptor, name = tempfile.mkstemp(prefix=f".{key}-", dir=folder)
+    memory, name = None, ""
     try:
+        for left in folder.glob(f".{key}-*"):  # of a process that died; no other makes this file now
+            left.unlink(missing_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=f".{key}-", dir=folder)
         try:
             if shutil.disk_usage(folder).free >= num_bytes + MIN_FREE_BYTES:
                 os.posix_fallocate(descriptor, 0, HEADER_BYTES + num_bytes)  # a full disk shows now, not on a write
                 memory = mmap.mmap(descriptor, HEADER_BYTES + num_bytes)
             else:
                 logger.warning("quantised weights are not cached: %s has too little room", folder)
-        except OSError as error:
-            logger.warning("quantised weights are not cached: %s", error)
         finally:
             os.close(descriptor)
+    except OSError as error:
+        logger.warning("quantised weights are not cached: %s", error)
+    try:
         yield memory
         if memory is not None:
-            Path(name).replace(folder / f"{key}.weights")
+            _publish(Path(name), folder / f"{key}.weights")
     finally:
-        Path(name).unlink(missing_ok=True)
+        if name:
+            Path(name).unlink(missing_ok=True)
+
+
+def _publish(made: Path, path: Path) -> None:
+    """Give a complete file its name, and make room for it; the folder may be gone by now."""
+    try:
+        made.replace(path)
+        with suppress(FileNotFoundError):  # another process clears away as well
+            _prune(path.parent)
+    except OSError as error:
+        logger.warning("quantised weights are not cached: %s", error)
 
 
 def _seal(memory: mmap.mmap, key: str, num_bytes: int) -> None:

@@ -115,6 +115,15 @@ def test_a_failure_leaves_nothing(folder: Path) -> None:
     assert fill("key", 100, 7)
 
 
+def test_a_folder_that_is_removed_meanwhile_stops_nobody(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING), open_arena("key", 100) as arena:
+        arena.allocate((100,), torch.uint8).fill_(7)
+        shutil.rmtree(folder)
+    assert "not cached" in caplog.text
+    assert not fill("key", 100, 7)
+    assert fill("key", 100, 7)
+
+
 def test_what_a_killed_process_left_is_cleared(folder: Path) -> None:
     fill("key", 100, 7)
     (folder / "key.weights").unlink()
