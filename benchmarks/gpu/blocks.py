@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import cycle
 from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend
 
 from fuseline.kernels import ops
-from fuseline.kernels.types import AttentionSpec
+from fuseline.kernels.types import AttentionSpec, Weight
 
 from . import baselines, public
 from .device import Device, Launch
@@ -19,7 +20,7 @@ from .inputs import Layer, Source, decode_step, prepared_attention, prepared_mlp
 from .shapes import BLOCK_SIZE, EPS, Shape, attention_bytes, buffer_sets, floor_us, head_bytes, mlp_bytes
 
 Tensor = torch.Tensor
-AttentionLaunch = Callable[[], tuple[Tensor, Tensor]]
+BlockLaunch = Callable[[], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,56 +81,69 @@ class Bench:
             for layer in self._layers
         ]
         self._source = source
+        self._norm = source.normal(shape.hidden, std=0.1, mean=1.0)
+
+    def mlp_calls(self, batch: int) -> list[BlockLaunch]:
+        """One for each set of weights."""
+        residual, delta = self._stream(batch), self._stream(batch)
+        return [partial(ops.mlp_block, residual, delta, layer.mlp, EPS) for layer in self._ready]
+
+    def head_calls(self, batch: int, tables: Sequence[Weight]) -> list[Callable[[], Tensor]]:
+        """Logits of every row, one for each table."""
+        residual, delta = self._stream(batch), self._stream(batch)
+        rows = torch.arange(batch, device=self._device.torch)
+        return [partial(ops.head, residual, delta, self._norm, table, rows, EPS) for table in tables]
+
+    def attention_calls(self, batch: int, inputs: DecodeInputs) -> list[BlockLaunch]:
+        """One for each set of weights."""
+        residual, delta = self._stream(batch), self._stream(batch)
+        return [
+            partial(ops.attention_block, residual, delta, layer.attention, layer.spec, inputs.rotary, kv, inputs.plan)
+            for layer, kv in zip(self._ready, cycle(inputs.caches), strict=False)
+        ]
+
+    def inputs(self, batch: int, context: int) -> DecodeInputs:
+        """For ``attention_calls``."""
+        return DecodeInputs(self._shape, self._device, self._source, batch, context, len(self._layers))
+
+    def tables(self) -> list[Tensor]:
+        """Weights of heads, as many as L2 needs to forget."""
+        shape = self._shape
+        sets = buffer_sets(head_bytes(shape, 1, logits=False), self._device.l2_bytes)
+        return [self._source.normal(shape.vocab, shape.hidden, std=shape.hidden**-0.5) for _ in range(sets)]
 
     def mlp(self, batch: int) -> list[Figure]:
-        shape = self._shape
-        residual, delta = self._stream(batch), self._stream(batch)
-        coarse, coarse_delta = residual.bfloat16(), delta.bfloat16()
-        ours = [partial(ops.mlp_block, residual, delta, layer.mlp, EPS) for layer in self._ready]
-        theirs = [partial(self._pipeline.mlp_block, coarse, coarse_delta, layer.mlp, EPS) for layer in self._layers]
+        coarse = self._coarse_stream(batch)
+        theirs = [partial(self._pipeline.mlp_block, *coarse, layer.mlp, EPS) for layer in self._layers]
         _, others = self._time_all({"torch": theirs})
-        return [self._figure("mlp", batch, None, ours, others, mlp_bytes(shape, batch))]
+        return [self._figure("mlp", batch, None, self.mlp_calls(batch), others, mlp_bytes(self._shape, batch))]
 
     def head(self, batch: int) -> list[Figure]:
         """Logits of every row."""
-        shape = self._shape
-        norm = self._source.normal(shape.hidden, std=0.1, mean=1.0)
-        sets = buffer_sets(head_bytes(shape, batch, logits=False), self._device.l2_bytes)
-        tables = [self._source.normal(shape.vocab, shape.hidden, std=shape.hidden**-0.5) for _ in range(sets)]
-        residual, delta = self._stream(batch), self._stream(batch)
-        coarse, coarse_delta = residual.bfloat16(), delta.bfloat16()
-        rows = torch.arange(batch, device=self._device.torch)
-        ready = [ops.prepare_head(table, keep=True) for table in tables]
-        ours = [partial(ops.head, residual, delta, norm, table, rows, EPS) for table in ready]
-        theirs = [partial(self._pipeline.head, coarse, coarse_delta, norm, table, EPS) for table in tables]
+        tables, coarse = self.tables(), self._coarse_stream(batch)
+        ours = self.head_calls(batch, [ops.prepare_head(table, keep=True) for table in tables])
+        theirs = [partial(self._pipeline.head, *coarse, self._norm, table, EPS) for table in tables]
         _, others = self._time_all({"torch": theirs})
-        return [self._figure("head", batch, None, ours, others, head_bytes(shape, batch, logits=True))]
+        return [self._figure("head", batch, None, ours, others, head_bytes(self._shape, batch, logits=True))]
 
     def attention(self, batch: int, context: int) -> list[Figure]:
         """The attention block alone, then a whole layer: with the MLP block behind it."""
         shape = self._shape
-        inputs = DecodeInputs(shape, self._device, self._source, batch, context, len(self._layers))
-        residual, delta = self._stream(batch), self._stream(batch)
-        coarse, coarse_delta = residual.bfloat16(), delta.bfloat16()
-        pairs = [(layer, inputs.caches[i % len(inputs.caches)]) for i, layer in enumerate(self._layers)]
-        ours = [
-            partial(ops.attention_block, residual, delta, layer.attention, layer.spec, inputs.rotary, kv, inputs.plan)
-            for layer, (_, kv) in zip(self._ready, pairs, strict=True)
-        ]
-        theirs: dict[str, list[AttentionLaunch]] = {}
+        inputs, coarse = self.inputs(batch, context), self._coarse_stream(batch)
+        ours = self.attention_calls(batch, inputs)
+        theirs: dict[str, list[BlockLaunch]] = {}
         for name, attend_over in inputs.others(self._layers[0].spec).items():
             theirs[name] = [
                 partial(
                     self._pipeline.attention_block,
-                    coarse,
-                    coarse_delta,
+                    *coarse,
                     layer.attention,
                     layer.spec,
                     inputs.rotary,
                     inputs.slots,
                     attend_over(kv),
                 )
-                for layer, kv in pairs
+                for layer, kv in zip(self._layers, cycle(inputs.caches), strict=False)
             ]
         num_bytes = attention_bytes(shape, batch, context)
         best, others = self._time_all(theirs)
@@ -146,17 +160,20 @@ class Bench:
         ]
 
     def _whole(
-        self, attentions: Sequence[AttentionLaunch], mlp: Callable[..., object], layers: Sequence[Layer]
+        self, attentions: Sequence[BlockLaunch], mlp: Callable[..., object], layers: Sequence[Layer]
     ) -> list[Launch]:
         """Each layer's attention block and, on what it returns, its MLP block."""
 
-        def run(attention: AttentionLaunch, layer: Layer) -> object:
+        def run(attention: BlockLaunch, layer: Layer) -> object:
             return mlp(*attention(), layer.mlp, EPS)
 
         return [partial(run, *pair) for pair in zip(attentions, layers, strict=True)]
 
     def _stream(self, batch: int) -> Tensor:
         return self._source.stream(batch, self._shape.hidden)
+
+    def _coarse_stream(self, batch: int) -> tuple[Tensor, Tensor]:
+        return self._stream(batch).bfloat16(), self._stream(batch).bfloat16()
 
     def _time_all(self, theirs: Mapping[str, Sequence[Launch]]) -> tuple[str | None, dict[str, float]]:
         """Microseconds of each of the others that can be run, and which is fastest."""

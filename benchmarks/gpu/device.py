@@ -38,6 +38,7 @@ class Device(Protocol):
 
     torch: torch.device
     l2_bytes: int
+    multiprocessors: int
 
     def describe(self) -> dict[str, str | int | float]:
         """For the report."""
@@ -69,6 +70,7 @@ class CudaDevice:
         if (self._properties.major, self._properties.minor) != CAPABILITY:
             raise RuntimeError(f"{self._properties.name} is no Hopper GPU, which the kernels are made for")
         self.l2_bytes = self._properties.L2_cache_size
+        self.multiprocessors = self._properties.multi_processor_count
         # One for all timings: blocks have scratch memory for each stream.
         self._stream = torch.cuda.Stream(self.torch)  # type: ignore[no-untyped-call]
 
@@ -82,7 +84,7 @@ class CudaDevice:
         return {
             "name": self._properties.name,
             "capability": f"{self._properties.major}.{self._properties.minor}",
-            "multiprocessors": self._properties.multi_processor_count,
+            "multiprocessors": self.multiprocessors,
             "memory_bytes": self._properties.total_memory,
             "l2_bytes": self.l2_bytes,
             query: state,
@@ -121,6 +123,7 @@ class CpuDevice:
     def __init__(self) -> None:
         self.torch = torch.device("cpu")
         self.l2_bytes = 1 << 20
+        self.multiprocessors = 1
 
     def describe(self) -> dict[str, str | int | float]:
         return {"name": "CPU, of which no figure means anything"}

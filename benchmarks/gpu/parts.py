@@ -205,31 +205,32 @@ def _timings(block: str, bench: Bench, *, tiny: bool) -> Iterator[tuple[str, Cal
 def tune_launches(run: Run) -> dict[str, Any]:
     """Each block of the target shapes over its launches; all launches of a cluster size must give the same bits."""
     trials: list[tune.Trial] = []
-    if run.tiny:
-        return {"trials": [], "table": []}
-    library, multiprocessors = (
-        load_library(),
-        torch.cuda.get_device_properties(run.device.torch).multi_processor_count,
-    )
-    for shape in (shape for shape in SHAPES if shape.name in report.TARGET_SHAPES):
-        for task in tune.tasks(library, run.device, shape, run.bytes_per_s):
+    pieces = baselines.elementwise(run.device.torch)
+    for shape in () if run.tiny else (shape for shape in SHAPES if shape.name in report.TARGET_SHAPES):
+        bench = Bench(shape, run.device, run.bytes_per_s, pieces)
+        for task in tune.tasks(load_library(), bench, shape, run.bytes_per_s):
             for cluster in tune.CLUSTERS:
-                expected: torch.Tensor | None = None
-                for spread in tune.spreads(library, task.problem, task.batch, cluster, multiprocessors):
-                    name = f"{task.name}: {cluster} x {spread.num_clusters} CTAs, {spread.stages} stages"
-                    work = partial(tune.try_launch, library, run.device, task, cluster, spread)
-                    found: tuple[tune.Trial, torch.Tensor] | None = run.attempt(name, work)
-                    if found is None:
-                        continue
-                    trials.append(found[0])
-                    print(f"      {found[0].us:.1f} us, {found[0].us / task.floor_us:.2f} x floor", flush=True)
-                    if expected is not None and not torch.equal(found[1], expected):
-                        run.wrong.append(f"{name}: the bits depend on the launch")
-                    expected = found[1]
+                trials += _tune_cluster(run, task, cluster)
             run.keep({"trials": [trial.record() for trial in trials], "table": tune.best_table(trials).records()})
     table = tune.best_table(trials).records()
     print("\n".join(json.dumps(record) for record in table))
     return {"trials": [trial.record() for trial in trials], "table": table}
+
+
+def _tune_cluster(run: Run, task: tune.Task, cluster: int) -> Iterator[tune.Trial]:
+    """Every launch of a task with clusters of one size."""
+    expected: torch.Tensor | None = None
+    for spread in tune.spreads(load_library(), task.problem, task.batch, cluster, run.device.multiprocessors):
+        name = f"{task.name}: {cluster} x {spread.num_clusters} CTAs, {spread.stages} stages"
+        found = run.attempt(name, partial(tune.try_launch, run.device, task, cluster, spread))
+        if found is None:
+            continue
+        trial, output = found
+        print(f"      {trial.us:.1f} us, {trial.us / task.floor_us:.2f} x floor", flush=True)
+        if expected is not None and not torch.equal(output, expected):
+            run.wrong.append(f"{name}: the bits depend on the launch")
+        expected = output
+        yield trial
 
 
 def on_chip(run: Run) -> list[dict[str, Any]]:

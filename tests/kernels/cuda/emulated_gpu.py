@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fuseline.benchmarks.gpu import correctness
+from fuseline.benchmarks.gpu.shapes import Shape
 from fuseline.kernels.cuda import attention, fused, head, launcher, mlp
 from fuseline.kernels.cuda.attention import AttentionTensors
 from fuseline.kernels.cuda.launcher import CAPABILITY, default_launcher
@@ -18,6 +19,7 @@ from fuseline.tests.kernels.cuda.emulation import CUDA, Emulation, build_kernels
 
 Tensor = torch.Tensor
 CLUSTERS_AT_ONCE = 2  # of this GPU: a real one's hundreds of CTAs would take minutes
+LEAST = Shape("least", 64, 2, 1, 64, 96, 90, 1)
 OUTPUT_NAMES = ("first output", "second output")
 
 
@@ -27,6 +29,7 @@ class EmulatedLibrary(CudaLibrary):
     Attributes:
         emulation: of the launches that come next.
         batches: of all launches so far.
+        shapes: of all launches so far: cluster size, clusters, stages.
     """
 
     emulation: Emulation
@@ -34,6 +37,7 @@ class EmulatedLibrary(CudaLibrary):
     def __init__(self) -> None:
         super().__init__(build_kernels("emulated", *sorted(CUDA.glob("*.cu"))))
         self.batches: list[int] = []
+        self.shapes: set[tuple[int, int, int]] = set()
         self._workspaces: set[int] = set()
 
     def begin(self, seed: int) -> None:
@@ -55,6 +59,7 @@ class EmulatedLibrary(CudaLibrary):
             size = self.call(f"{name.removesuffix('_block')}_workspace", *arguments)
             self.emulation.memory("workspace", args.workspace, size, writable=True)
         self.batches.append(args.batch)
+        self.shapes.add((args.launch.cluster, args.launch.num_clusters, args.launch.stages))
         super().launch(name, *arguments)
 
 

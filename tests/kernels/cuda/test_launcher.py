@@ -8,13 +8,11 @@ import torch
 from fuseline.benchmarks.gpu import correctness
 from fuseline.benchmarks.gpu.cases import TINY, AttentionCase, DenseCase
 from fuseline.benchmarks.gpu.correctness import Checks
-from fuseline.benchmarks.gpu.shapes import Shape
-from fuseline.tests.kernels.cuda.emulated_gpu import EmulatedLibrary, emulated_gpu
+from fuseline.tests.kernels.cuda.emulated_gpu import LEAST, EmulatedLibrary, emulated_gpu
 
 __all__ = ["emulated_gpu"]  # a fixture
 
 CPU = torch.device("cpu")
-LEAST = Shape("least", 64, 2, 1, 64, 96, 90, 1)
 MANY = DenseCase("many", LEAST, 130, bias=True)
 CONTEXTS = tuple(1 + i % 37 for i in range(65))
 
@@ -40,7 +38,7 @@ def test_more_tokens_than_a_launch_takes_are_cut(
     assert emulated_gpu.batches == launches
 
 
-@pytest.mark.parametrize("cluster", [1, 2, 4])
+@pytest.mark.parametrize("cluster", [1, 2])
 def test_every_cluster_size_can_be_asked_for(cluster: int, emulated_gpu: EmulatedLibrary) -> None:
     checks = Checks()
     correctness.check_clusters(cluster, TINY, CPU, checks)
