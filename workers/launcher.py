@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from ..runtime.errors import ResourceExhaustedError
+from ..runtime.errors import ResourceExhaustedError, UnavailableError
 from .rank_protocol import BOOTSTRAP_CODEC, RankBootstrap
 
 
@@ -63,7 +63,10 @@ class LocalLauncher:
             )
         device = f"cuda:{rank}" if device_type == "cuda" else "cpu"
         # -P: the current directory is no place to import from.
-        process = subprocess.Popen([sys.executable, "-P", "-m", "fuseline.workers.rank"], stdin=subprocess.PIPE)
+        try:
+            process = subprocess.Popen([sys.executable, "-P", "-m", "fuseline.workers.rank"], stdin=subprocess.PIPE)
+        except OSError as error:
+            raise UnavailableError(f"rank {rank} cannot be started: {error}", rank=rank) from error
         bootstrap = BOOTSTRAP_CODEC.encode(RankBootstrap(rank, address, token, device))
         # Not an argument, since it holds a secret. A process that dies before it reads is noticed by its exit code.
         with contextlib.suppress(BrokenPipeError), process.stdin or contextlib.nullcontext() as stdin:

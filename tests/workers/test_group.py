@@ -234,6 +234,12 @@ def test_a_rank_that_dies_before_it_calls_in(tiny: Path) -> None:
     assert time.monotonic() - start < PROMPTLY_S
 
 
+def test_a_rank_that_cannot_be_started_is_named(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/no/such/python")
+    with pytest.raises(UnavailableError, match="rank 1 cannot be started: .*No such file"):
+        ModelGroup.start(group_config(tiny, tp=2))
+
+
 def test_a_bug_in_a_call_is_an_answer_too(tiny: Path) -> None:
     group = ModelGroup.start(group_config(tiny, transfers_kv=True))
     assert group.kv_receiver is not None
