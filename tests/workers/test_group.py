@@ -236,7 +236,7 @@ def test_a_rank_that_dies_before_it_calls_in(tiny: Path) -> None:
 
 def test_a_rank_that_cannot_be_started_is_named(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/no/such/python")
-    with pytest.raises(UnavailableError, match="rank 1 cannot be started: .*No such file"):
+    with pytest.raises(UnavailableError, match=r"rank 1 cannot be started: .*No such file"):
         ModelGroup.start(group_config(tiny, tp=2))
 
 
