@@ -1,8 +1,7 @@
 // Linear layers over int8 weights; see linear_quantized.h.
 //
 // A panel is lines of 64 bytes, each four columns of 16 rows: one operand of VNNI's four-products-per-lane, 16 of them
-// one tile of AMX. Packed x: scales [m], then the rounded rows, each padded with zeros to whole panels' columns; for
-// AVX2 in groups of kMaxRows rows, the last perhaps smaller: [cols / 4][rows][4].
+// one tile of AMX. Packed x: scales [m], then the rounded rows, each padded with zeros to whole panels' columns.
 #include "linear_quantized.h"
 
 #include "dot4.h"
@@ -14,129 +13,39 @@ namespace {
 
 constexpr int64_t kLine = 64, kColStep = 64;
 
-// AVX2 multiplies 16-bit integers, whose products in pairs never overflow; others take bytes. kMaxRows: rows of x that
-// a panel meets at once, as many as have their sums in registers.
-#if defined(__AVX2__) && !defined(FUSELINE_DOT4)
-#define FUSELINE_WIDE 1
-typedef int16_t Input;
-constexpr int kMaxRows = 6;
-#elif defined(FUSELINE_DOT4)
-typedef int8_t Input;
+// Rows of x that a panel meets at once, as many as have their sums in registers.
+#if defined(FUSELINE_DOT4)
 constexpr int kMaxRows = kDotBytes == 64 ? 8 : 4;
+#elif defined(__AVX2__)
+constexpr int kMaxRows = 5;
 #else
-typedef int8_t Input;
 constexpr int kMaxRows = 4;
 #endif
 
 // Rows of packed x that a panel of the weight meets while they stay in the second-level cache.
-constexpr int64_t kRowBlock = 64 / kMaxRows * kMaxRows;
+constexpr int64_t kRowBlock = 64;
 
 struct Packed {
     float* scales;
-    Input* rows;
+    int8_t* rows;
     int64_t cols; // padded
-    int64_t m;
 
-    Packed(const void* packed, int64_t num_cols, int64_t num_rows) : cols(whole(num_cols, kColStep)), m(num_rows) {
+    Packed(const void* packed, int64_t num_cols, int64_t m) : cols(whole(num_cols, kColStep)) {
         char* memory = const_cast<char*>(static_cast<const char*>(packed)); // written by pack_int8 only
         scales = reinterpret_cast<float*>(memory);
-        rows = reinterpret_cast<Input*>(memory + whole(m * 4, 64));
+        rows = reinterpret_cast<int8_t*>(memory + whole(m * 4, 64));
     }
 
-    // Where four columns of a row lie, the first of them a multiple of 4.
-    Input* at(int64_t row, int64_t col) const {
-#if defined(FUSELINE_WIDE)
-        const int64_t first = row / kMaxRows * kMaxRows;
-        return rows + first * cols + col * std::min<int64_t>(kMaxRows, m - first) + (row - first) * 4;
-#else
-        return rows + row * cols + col;
-#endif
-    }
+    int8_t* row(int64_t index) const { return rows + index * cols; }
 };
 
-// Of a row of x with a panel: kSums integers a row of the panel, which are still to be added up.
-#if defined(FUSELINE_WIDE)
-constexpr int kSums = 2;
-#else
-constexpr int kSums = 1;
-#endif
-using Sums = int32_t[kPanelRows * kSums];
+// Of a row of x with a panel.
+using Sums = int32_t[kPanelRows];
 
 // Each multiply_panels<M, Panels> makes sums[panel][row] of M rows of x with panels that follow each other. Several at
 // once are as many streams from memory, which a core gets faster than one.
 
-#if defined(FUSELINE_WIDE)
-
-// A single row is as fast as memory, from which a core gets several streams faster than one.
-constexpr int panels_at_once(int m) {
-    return m == 1 ? 3 : 1;
-}
-
-// Columns whose part of a panel stays in the first-level cache from one pass to the next.
-constexpr int64_t kChunk = 256;
-// How far a panel is fetched ahead, in bytes: the hardware would start anew with each page.
-constexpr int64_t kAhead = 4096;
-
-// A line is four vectors of 16-bit integers, four columns of four rows each, whose sums come out in pairs. A pass takes
-// Vectors of the four, from First on. Adds columns [chunk.begin, chunk.end) to the sums of M rows of x. Not inlined,
-// since GCC then keeps them in registers.
-template <int M, int Panels, int Vectors, int First>
-__attribute__((noinline)) void add_products(const int8_t* panels, const Input* x, int64_t cols, Range chunk,
-                                            Sums* sums) {
-    constexpr int kPasses = 4 / Vectors;
-    // Of several panels in turn, the next ones.
-    const int64_t ahead = Panels == 1 ? kAhead : Panels * cols * kPanelRows;
-    __m256i pairs[Panels * M][Vectors];
-#pragma GCC unroll 8
-    for (int i = 0; i < Panels * M; ++i)
-#pragma GCC unroll 4
-        for (int vector = 0; vector < Vectors; ++vector)
-            pairs[i][vector] = load_bytes<__m256i>(sums[i] + 8 * (First + vector));
-    for (int64_t col = chunk.begin; col < chunk.end; col += 4 * kPasses) {
-#pragma GCC unroll 4
-        for (int i = 0; i < Panels * kPasses; ++i) {
-            const int panel = i / kPasses;
-            const int64_t at = col + i % kPasses * 4;
-            const int8_t* line = panels + (panel * cols + at) * kPanelRows;
-            if (i % kPasses == First / Vectors)
-                __builtin_prefetch(line + ahead);
-            __m256i w[Vectors];
-#pragma GCC unroll 4
-            for (int vector = 0; vector < Vectors; ++vector)
-                w[vector] = _mm256_cvtepi8_epi16(load_bytes<__m128i>(line + 16 * (First + vector)));
-#pragma GCC unroll 8
-            for (int row = 0; row < M; ++row) {
-                const __m256i input = _mm256_set1_epi64x(load_bytes<int64_t>(x + at * M + 4 * row));
-#pragma GCC unroll 4
-                for (int vector = 0; vector < Vectors; ++vector) {
-                    __m256i& pair = pairs[panel * M + row][vector];
-                    pair = _mm256_add_epi32(pair, _mm256_madd_epi16(w[vector], input));
-                    // As they stand: in another order of the sums GCC runs out of registers.
-                    asm("" : "+x"(pair));
-                }
-            }
-        }
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < Panels * M; ++i)
-#pragma GCC unroll 4
-        for (int vector = 0; vector < Vectors; ++vector)
-            std::memcpy(sums[i] + 8 * (First + vector), &pairs[i][vector], 32);
-}
-
-template <int M, int Panels>
-void multiply_panels(const int8_t* panels, const Input* x, int64_t cols, Sums* sums) {
-    std::memset(sums, 0, Panels * M * sizeof(Sums));
-    if constexpr (M <= 2)
-        return add_products<M, Panels, 4, 0>(panels, x, cols, {0, cols}, sums);
-    for (int64_t col = 0; col < cols; col += kChunk) {
-        const Range chunk{col, std::min(col + kChunk, cols)};
-        add_products<M, Panels, 2, 0>(panels, x, cols, chunk, sums);
-        add_products<M, Panels, 2, 2>(panels, x, cols, chunk, sums);
-    }
-}
-
-#elif defined(FUSELINE_DOT4)
+#if defined(FUSELINE_DOT4)
 
 constexpr int panels_at_once(int m) {
     return kDotBytes == 64 ? (m <= 2 ? 4 : m <= 4 ? 3 : 2) : (m == 1 ? 3 : 1);
@@ -144,7 +53,7 @@ constexpr int panels_at_once(int m) {
 
 // The instruction takes one operand unsigned: x + 128, of which 128 times the sum of w is taken away again.
 template <int M, int Panels>
-void multiply_panels(const int8_t* panels, const Input* x, int64_t cols, Sums* sums) {
+void multiply_panels(const int8_t* panels, const int8_t* x, int64_t cols, Sums* sums) {
     constexpr int kVectors = kLine / kDotBytes;
     const i32d shift = int32_t(0x80808080u) - i32d{};
     i32d dots[Panels][M][kVectors] = {}, excess[Panels][kVectors] = {};
@@ -174,6 +83,55 @@ void multiply_panels(const int8_t* panels, const Input* x, int64_t cols, Sums* s
     }
 }
 
+#elif defined(__AVX2__)
+
+// A single row is as fast as memory, from which a core gets several streams faster than one.
+constexpr int panels_at_once(int m) {
+    return m == 1 ? 3 : 1;
+}
+
+// How far a panel is fetched ahead, in bytes: the hardware would start anew with each page.
+constexpr int64_t kAhead = 4096;
+
+// sum += w * x, four products in each lane; sizes = |w|. The instruction for bytes takes one operand unsigned, the
+// magnitude of w, whose sign goes to x; two products of 128 * 127 fit 16 bits. In these words, since GCC's own have
+// more temporaries than there are registers.
+inline void add_products(__m256i& sum, const int8_t* w, __m256i sizes, __m256i x, __m256i ones) {
+    __m256i products;
+    asm("vpsignb %2, %3, %1\n\tvpmaddubsw %1, %4, %1\n\tvpmaddwd %5, %1, %1\n\tvpaddd %1, %0, %0"
+        : "+x"(sum), "=&x"(products)
+        : "m"(*reinterpret_cast<const __m256i_u*>(w)), "x"(x), "x"(sizes), "x"(ones));
+}
+
+template <int M, int Panels>
+void multiply_panels(const int8_t* panels, const int8_t* x, int64_t cols, Sums* sums) {
+    // Of several panels in turn, the next ones.
+    const int64_t ahead = Panels == 1 ? kAhead : Panels * cols * kPanelRows;
+    __m256i ones = _mm256_set1_epi16(1), totals[Panels * M][2] = {};
+    asm("" : "+x"(ones)); // or GCC reads it from memory each time
+    constexpr int kUnroll = 2;
+    for (int64_t col = 0; col < cols; col += 4 * kUnroll) {
+#pragma GCC unroll 8
+        for (int i = 0; i < kUnroll * Panels; ++i) {
+            const int panel = i % Panels;
+            const int64_t at = col + i / Panels * 4;
+            const int8_t* line = panels + (panel * cols + at) * kPanelRows;
+            __builtin_prefetch(line + ahead);
+            const __m256i sizes[2] = {_mm256_abs_epi8(load_bytes<__m256i>(line)),
+                                      _mm256_abs_epi8(load_bytes<__m256i>(line + 32))};
+#pragma GCC unroll 8
+            for (int row = 0; row < M; ++row) {
+                const __m256i input = _mm256_set1_epi32(load_bytes<int32_t>(x + row * cols + at));
+                add_products(totals[panel * M + row][0], line, sizes[0], input, ones);
+                add_products(totals[panel * M + row][1], line + 32, sizes[1], input, ones);
+            }
+        }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 2 * Panels * M; ++i)
+        std::memcpy(sums[i / 2] + i % 2 * 8, &totals[i / 2][i % 2], sizeof totals[0][0]);
+}
+
 #else
 
 constexpr int panels_at_once(int) {
@@ -181,13 +139,13 @@ constexpr int panels_at_once(int) {
 }
 
 template <int M, int Panels>
-void multiply_panels(const int8_t* panel, const Input* x, int64_t cols, Sums* sums) {
+void multiply_panels(const int8_t* panel, const int8_t* x, int64_t cols, Sums* sums) {
     static_assert(Panels == 1);
     for (int row = 0; row < M; ++row) {
         int32_t total[kPanelRows] = {};
         for (int64_t col = 0; col < cols; col += 4) {
             const int8_t* w = panel + col * kPanelRows;
-            const Input* input = x + row * cols + col;
+            const int8_t* input = x + row * cols + col;
             for (int i = 0; i < kPanelRows; ++i)
                 total[i] +=
                     w[4 * i] * input[0] + w[4 * i + 1] * input[1] + w[4 * i + 2] * input[2] + w[4 * i + 3] * input[3];
@@ -198,24 +156,25 @@ void multiply_panels(const int8_t* panel, const Input* x, int64_t cols, Sums* su
 
 #endif
 
-// y = sums, each of Parts integers, scaled, plus bias; rows of the weight from `row` on, as many as the panel has.
-template <int Parts>
-void finish(const LinearWeight& weight, int64_t row, const int32_t* sums, float x_scale, float* y) {
-    const auto* scales = static_cast<const float*>(weight.scales) + row;
+// y = sums, scaled, plus bias, of rows [from.begin, from.end) of x with one panel; rows of the weight from `row` on, as
+// many as the panel has. Sums of a row of x lie sums_stride after those of the one before.
+void finish(const LinearWeight& weight, int64_t row, const Packed& x, Range from, const int32_t* sums,
+            int64_t sums_stride, float* y, int64_t y_stride) {
+    const float* scales = static_cast<const float*>(weight.scales) + row;
     const int64_t count = std::min(kPanelRows, weight.rows - row);
-    float bias[kPanelRows] = {}, result[kPanelRows];
+    float bias[kPanelRows] = {}, last[kPanelRows];
     if (weight.bias != nullptr)
         std::copy_n(weight.bias + row, count, bias);
-    for (int64_t i = 0; i < kPanelRows; ++i) {
-        int32_t sum = 0;
-        for (int part = 0; part < Parts; ++part)
-            sum += sums[i * Parts + part];
-        result[i] = float(sum) * (scales[i] * x_scale) + bias[i];
+    for (int64_t at = from.begin; at < from.end; ++at, sums += sums_stride) {
+        float* const to = y + at * y_stride + row;
+        float* const whole_panel = count == kPanelRows ? to : last;
+        for (int64_t i = 0; i < kPanelRows; i += kLanes) {
+            const f32v sum = __builtin_convertvector(load_bytes<i32v>(sums + i), f32v);
+            store(whole_panel + i, sum * (load(scales + i) * x.scales[at]) + load(bias + i));
+        }
+        if (count != kPanelRows)
+            std::copy_n(last, count, to);
     }
-    if (count == kPanelRows)
-        std::memcpy(y, result, sizeof result);
-    else
-        std::copy_n(result, count, y);
 }
 
 const int8_t* panel_of(const LinearWeight& weight, int64_t row, int64_t padded_cols) {
@@ -228,11 +187,9 @@ void multiply_some(const LinearWeight& weight, Range rows, const Packed& x, Rang
     alignas(64) Sums sums[Panels * M];
     int64_t row = rows.begin;
     for (; row + (Panels - 1) * kPanelRows < rows.end; row += Panels * kPanelRows) {
-        multiply_panels<M, Panels>(panel_of(weight, row, x.cols), x.at(from.begin, 0), x.cols, sums);
-        for (int i = 0; i < Panels * M; ++i) {
-            const int64_t at = from.begin + i % M, channel = row + i / M * kPanelRows;
-            finish<kSums>(weight, channel, sums[i], x.scales[at], y + at * y_stride + channel);
-        }
+        multiply_panels<M, Panels>(panel_of(weight, row, x.cols), x.row(from.begin), x.cols, sums);
+        for (int i = 0; i < Panels; ++i)
+            finish(weight, row + i * kPanelRows, x, from, sums[i * M], kPanelRows, y, y_stride);
     }
     if constexpr (Panels > 1) {
         if (row < rows.end)
@@ -261,7 +218,7 @@ constexpr int64_t kTilesFrom = 5;
 
 // Tiles 0 to 3: sums of two times 16 rows of x with two panels. 4, 5: x; 6, 7: the panels.
 template <int XTiles, int Panels>
-void multiply_tiles(Tiles& tiles, const int8_t* const* panels, const Input* x, int64_t cols, int32_t* sums) {
+void multiply_tiles(Tiles& tiles, const int8_t* const* panels, const int8_t* x, int64_t cols, int32_t* sums) {
     tiles.zero<0>();
     tiles.zero<1>();
     tiles.zero<2>();
@@ -299,17 +256,15 @@ void multiply_with_tiles(const LinearWeight& weight, Range rows, const Packed& x
             const int8_t* panels[] = {panel_of(weight, row, x.cols),
                                       two_panels ? panel_of(weight, row + kPanelRows, x.cols) : nullptr};
             for (int64_t first = block; first < block_end; first += 2 * kTileRows) {
-                const Input* input = x.rows + first * x.cols;
+                const int8_t* input = x.row(first);
                 const bool two_tiles = first + kTileRows < block_end;
                 auto* multiply = two_panels ? (two_tiles ? multiply_tiles<2, 2> : multiply_tiles<1, 2>)
                                             : (two_tiles ? multiply_tiles<2, 1> : multiply_tiles<1, 1>);
                 multiply(tiles, panels, input, x.cols, sums[0]);
-                for (int64_t i = first; i < std::min(first + 2 * kTileRows, block_end); ++i) {
-                    float* to = y + i * y_stride + row;
-                    finish<1>(weight, row, sums[i - first], x.scales[i], to);
-                    if (two_panels)
-                        finish<1>(weight, row + kPanelRows, sums[i - first] + kPanelRows, x.scales[i], to + kPanelRows);
-                }
+                const Range some{first, std::min(first + 2 * kTileRows, block_end)};
+                for (int i = 0; i <= two_panels; ++i)
+                    finish(weight, row + i * kPanelRows, x, some, sums[0] + i * kPanelRows, 2 * kPanelRows, y,
+                           y_stride);
             }
         }
     }
@@ -321,7 +276,7 @@ void multiply_with_tiles(const LinearWeight& weight, Range rows, const Packed& x
 
 int64_t int8_packed_bytes(int64_t cols, int64_t m) {
     // Tiles read rows by sixteens, though they keep no more than there are.
-    return whole(m * 4, 64) + whole(m, kPanelRows) * whole(cols, kColStep) * int64_t(sizeof(Input));
+    return whole(m * 4, 64) + whole(m, kPanelRows) * whole(cols, kColStep);
 }
 
 void pack_int8(const LinearWeight& weight, const float* x, int64_t x_stride, int64_t m, Range rows, void* packed) {
@@ -334,14 +289,10 @@ void pack_int8(const LinearWeight& weight, const float* x, int64_t x_stride, int
         Extent extent;
         for (int64_t col = 0; col < weight.cols; col += kBlock)
             extent.take(values.at(col));
-        const float scale = extent.scale();
+        const float scale = extent.scale(), by = inverse(scale);
         to.scales[row] = scale;
-        Input rounded[kBlock];
-        for (int64_t col = 0; col < to.cols; col += kBlock) {
-            round_block(ordered.at(col), inverse(scale), rounded);
-            for (int64_t i = 0; i < kBlock; i += 4)
-                std::memcpy(to.at(row, col + i), rounded + i, 4 * sizeof(Input));
-        }
+        for (int64_t col = 0; col < to.cols; col += kBlock)
+            round_block(ordered.at(col), by, to.row(row) + col);
     }
 }
 
@@ -354,10 +305,10 @@ void multiply_int8(const LinearWeight& weight, Range rows, const void* packed, i
     if (m <= kMaxRows)
         return multiply_rows(weight, rows, x, {0, m}, true, y, y_stride);
     for (int64_t block = 0; block < m; block += kRowBlock) {
-        const int64_t block_end = std::min(block + kRowBlock, m);
+        const int64_t size = std::min(kRowBlock, m - block), groups = whole(size, kMaxRows) / kMaxRows;
         for (int64_t row = rows.begin; row < rows.end; row += kPanelRows) {
-            for (int64_t first = block; first < block_end; first += kMaxRows) {
-                const Range some{first, std::min<int64_t>(first + kMaxRows, block_end)};
+            for (int64_t group = 0; group < groups; ++group) {
+                const Range some{block + group * size / groups, block + (group + 1) * size / groups};
                 multiply_rows(weight, {row, std::min(row + kPanelRows, rows.end)}, x, some, false, y, y_stride);
             }
         }

@@ -58,49 +58,62 @@ class Extent {
   public:
     void take(const float* block) {
         for (int64_t i = 0; i < kBlock; i += kLanes) {
-            const f32v x = load(block + i), size = (f32v)((u32v)x & 0x7fffffffu);
+            // Magnitudes as integers are in the same order, and what is not finite comes after all others.
+            const i32v size = load_bytes<i32v>(block + i) & 0x7fffffff;
             largest_ = size > largest_ ? size : largest_;
-            poison_ += x * 0.0f;
         }
     }
 
     // The largest magnitude by 127; 0 where rounding to its multiples would overflow, NaN if a value was not finite.
     float scale() const {
-        float largest = 0.0f, poison = 0.0f;
-        for (int lane = 0; lane < kLanes; ++lane) {
-            largest = largest_[lane] > largest ? largest_[lane] : largest;
-            poison += poison_[lane];
-        }
-        return (largest < kTiny ? 0.0f : largest / 127.0f) + poison;
+        int32_t bits = 0;
+        for (int lane = 0; lane < kLanes; ++lane)
+            bits = std::max(bits, largest_[lane]);
+        const float largest = load_bytes<float>(&bits);
+        return (largest < kTiny ? 0.0f : largest / 127.0f) + largest * 0.0f;
     }
 
   private:
-    f32v largest_{}, poison_{};
+    i32v largest_{};
 };
 
 inline float inverse(float scale) {
     return scale == 0.0f ? 0.0f : 1.0f / scale;
 }
 
-// A block times inverse, rounded to the nearest integers, ties to even, within [-127, 127]; returns their sum.
-template <class Integer>
-int32_t round_block(const float* block, float inverse, Integer* to) {
-    alignas(64) int32_t rounded[kBlock];
+// kBlock integers that fit a byte.
+inline void store_bytes(const u32v* integers, int8_t* to) {
+#if defined(__AVX2__) && !defined(FUSELINE_WIDE_VECTORS)
+    const auto* from = reinterpret_cast<const __m256i*>(integers);
+    const __m256i low = _mm256_packs_epi32(from[0], from[1]), high = _mm256_packs_epi32(from[2], from[3]);
+    // Packing goes by halves of vectors; fours of bytes are put in order again.
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);
+    std::memcpy(to, &bytes, sizeof bytes);
+#else
+    typedef int8_t Bytes __attribute__((vector_size(kLanes)));
     for (int64_t i = 0; i < kBlock; i += kLanes) {
-        f32v x = load(block + i) * inverse;
-        x = x > -127.0f ? x : splat(-127.0f); // NaN too
-        x = x < 127.0f ? x : splat(127.0f);
-        // Beyond 2^23 floats are integers, so adding it rounds.
-        x = (x + 0x1.8p23f) - 0x1.8p23f;
-        const i32v integers = __builtin_convertvector(x, i32v);
-        std::memcpy(rounded + i, &integers, sizeof integers);
+        const Bytes bytes = __builtin_convertvector(integers[i / kLanes], Bytes);
+        std::memcpy(to + i, &bytes, sizeof bytes);
     }
-    int32_t sum = 0;
-    for (int64_t i = 0; i < kBlock; ++i) {
-        to[i] = Integer(rounded[i]);
-        sum += rounded[i];
+#endif
+}
+
+// A block times inverse, which is at most 127, rounded to the nearest integers, ties to even; returns their sum. Of
+// what is not finite they are any integers.
+inline int32_t round_block(const float* block, float inverse, int8_t* to) {
+    u32v integers[kBlock / kLanes], sums{};
+    for (u32v& some : integers) {
+        // Beyond 2^23 floats are integers, so adding 1.5 * 2^23 rounds, and leaves the integer in the last bits.
+        some = (u32v)(load(block) * inverse + 0x1.8p23f) - 0x4b400000u;
+        sums += some;
+        block += kLanes;
     }
-    return sum;
+    store_bytes(integers, to);
+    uint32_t sum = 0;
+    for (int lane = 0; lane < kLanes; ++lane)
+        sum += sums[lane];
+    return int32_t(sum);
 }
 
 } // namespace fuseline

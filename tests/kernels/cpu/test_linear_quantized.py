@@ -136,9 +136,9 @@ def test_the_largest_integers_do_not_overflow(linear_library: ctypes.CDLL) -> No
         else:
             ones = torch.ones(16, 128)
             reference.pack_int4(integers, ones.half(), torch.zeros(16, 128, dtype=torch.uint8), weight)
-        for m in (1, 3, 33):
-            result = linear(linear_library, torch.full((m, 4096), -127.0), [weight])
-            assert torch.equal(result, torch.full((m, 16), -127.0 * q * 4096))
+        for m, value in ((1, -127.0), (3, -127.0), (33, -127.0), (33, 127.0)):
+            result = linear(linear_library, torch.full((m, 4096), value), [weight])
+            assert torch.equal(result, torch.full((m, 16), value * q * 4096))
 
 
 def test_an_order_of_columns_that_do_not_exist_is_refused() -> None:
