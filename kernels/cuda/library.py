@@ -83,13 +83,13 @@ def api_header() -> Header:
     return read_headers(SOURCE_FOLDER / "api.h")
 
 
-def library_source(extra_flags: tuple[str, ...] = ()) -> LibrarySource:
+def library_source() -> LibrarySource:
     """What the library is built from."""
     return LibrarySource(
         name="fuseline_cuda_sm90a",
         sources=tuple(sorted(SOURCE_FOLDER.glob("*.cu"))),
         headers=tuple(sorted((*SOURCE_FOLDER.glob("*.cuh"), *SOURCE_FOLDER.glob("*.h")))),
-        flags=(*FLAGS, *extra_flags),
+        flags=FLAGS,
         link_flags=LINK_FLAGS,
     )
 

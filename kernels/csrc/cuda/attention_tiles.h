@@ -18,3 +18,5 @@ constexpr int ATTN_THREADS = 32 * ATTN_WARPS;
 constexpr int ATTN_MAX_BATCH = 64;
 constexpr int ATTN_GROUP_HEADS = 8;     // query heads of a KV head that are one work item
 constexpr int ATTN_MAX_REGISTERS = 160; // but for WIDE_TILES (linear_tiles.h) and more
+// As MLP_MAX_SHARED_BYTES, but more than half where a KV head has four query heads or more: alone on a multiprocessor.
+constexpr int ATTN_MAX_SHARED_BYTES = 115 * 1024;

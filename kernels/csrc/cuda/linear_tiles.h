@@ -23,3 +23,7 @@ constexpr int HEAD_MAX_REGISTERS = 128;
 // Of instances for more than WIDE_TILES - 1 column tiles of tokens, which have a multiprocessor to themselves.
 constexpr int WIDE_TILES = 4;
 constexpr int WIDE_MAX_REGISTERS = 224;
+// Of a CTA with rings of two stages, for up to 8 tokens: half of a multiprocessor's, so that the next block's CTA can
+// start beside it. More tokens, or stages, may take MAX_SHARED_BYTES.
+constexpr int MLP_MAX_SHARED_BYTES = 113 * 1024;
+constexpr int HEAD_MAX_SHARED_BYTES = 113 * 1024;

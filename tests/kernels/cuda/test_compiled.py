@@ -8,6 +8,7 @@ import pytest
 
 from fuseline.kernels.cuda.disassembly import Kernel
 from fuseline.kernels.cuda.header import SOURCE_FOLDER, Header, read_headers
+from fuseline.kernels.cuda.layout import RESERVED_SHARED_BYTES
 from fuseline.kernels.cuda.library import CudaLibrary, library_source, load_library
 from fuseline.kernels.errors import BuildError, LaunchError
 
@@ -63,6 +64,7 @@ def test_every_kernel_keeps_its_budget(compiled_kernels: list[Kernel], tiles: He
             budget = tiles.constants.get(f"{prefix}_WIDE_MAX_REGISTERS", tiles.constants["WIDE_MAX_REGISTERS"])
         assert kernel.registers <= budget, f"{kernel.name} has {kernel.registers} registers"
         assert kernel.stack_bytes == 0, f"{kernel.name} spills"
+        assert kernel.shared_bytes <= RESERVED_SHARED_BYTES, f"{kernel.name}: shared memory nobody counts"
 
 
 def test_every_kernel_has_the_instructions_it_stands_on(compiled_kernels: list[Kernel]) -> None:

@@ -6,7 +6,7 @@ from fuseline.benchmarks.gpu.planning import problems
 from fuseline.benchmarks.gpu.shapes import SHAPES, Shape
 from fuseline.kernels.cuda import launch
 from fuseline.kernels.cuda.head import head_problem
-from fuseline.kernels.cuda.layout import MAX_SHARED_BYTES
+from fuseline.kernels.cuda.layout import MAX_SHARED_BYTES, tiles
 from fuseline.kernels.cuda.library import CudaLibrary
 
 pytestmark = pytest.mark.timeout(900)  # the first test compiles all kernels
@@ -22,6 +22,17 @@ def test_every_block_fits_at_one_cluster_size_for_every_batch(cuda_library: Cuda
             assert stages >= launch.MIN_STAGES
             needed = launch.shared_bytes(cuda_library, problem, batch, cluster, stages)
             assert 0 < needed <= MAX_SHARED_BYTES
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
+def test_every_block_keeps_its_budget_of_shared_memory(cuda_library: CudaLibrary, shape: Shape) -> None:
+    budgets = {"mlp": "MLP", "attention": "ATTN", "head": "HEAD"}
+    for problem in problems(cuda_library, shape):
+        budget = tiles()[f"{budgets[problem.name]}_MAX_SHARED_BYTES"]
+        cluster, _ = launch.choose_cluster(cuda_library, problem)
+        for batch in (1, 8):
+            needed = launch.shared_bytes(cuda_library, problem, batch, cluster, launch.MIN_STAGES, budget)
+            assert needed <= budget, (problem.name, batch)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)

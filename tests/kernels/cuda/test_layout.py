@@ -145,6 +145,12 @@ def test_register_budgets_let_ctas_be_resident(registers: str, threads: str, cta
     assert TILES[registers] * TILES[threads] * ctas <= layout.MULTIPROCESSOR_REGISTERS
 
 
+@pytest.mark.parametrize("block", ["MLP", "HEAD"])
+def test_shared_memory_budgets_are_half_of_a_multiprocessor_s(block: str) -> None:
+    needed = TILES[f"{block}_MAX_SHARED_BYTES"] + layout.RESERVED_SHARED_BYTES
+    assert 2 * needed <= layout.MULTIPROCESSOR_SHARED_BYTES
+
+
 def test_a_cta_of_each_block_fits_beside_one_of_the_next() -> None:
     """As the launches overlap: MLP after attention, attention after MLP, the head after MLP."""
     for other in ("ATTN_MAX_REGISTERS", "HEAD_MAX_REGISTERS"):
