@@ -11,6 +11,7 @@ from ..runtime.config import (
     GPU_MEMORY_UTILIZATION,
     KV_CACHE_DTYPES,
     QUANTIZATIONS,
+    TIMEOUT_S,
     CacheConfig,
     SchedulerConfig,
     check_choice,
@@ -161,14 +162,7 @@ class ClusterConfig:
             raise InvalidArgumentError("host must not be empty", field="host", value=self.host)
         check_range("port", self.port, 0, 65535)
         for name in ("start_timeout_s", "drain_timeout_s"):
-            value = getattr(self, name)
-            if not 0 < value <= 86400:
-                raise InvalidArgumentError(
-                    f"{name} must be above 0 and at most 86400, got {value}",
-                    field=name,
-                    value=value,
-                    limit="0..86400",
-                )
+            check_range(name, getattr(self, name), *TIMEOUT_S)
 
     @property
     def name(self) -> str:

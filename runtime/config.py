@@ -14,6 +14,9 @@ QUANTIZATIONS = ("auto", "none", "int8", "int4", "int4_g64", "int4_g128", "gptq"
 GPU_MEMORY_UTILIZATION = 0.05, 1.0
 """What ``--gpu-memory-utilization`` may lie between."""
 
+TIMEOUT_S = 0.1, 86400.0
+"""What the time for a start, a step or a drain may lie between."""
+
 DEVICES = ("auto", "cpu", "cuda")
 """What ``--device`` may say; "auto" is "cuda" where there is one."""
 

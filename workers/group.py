@@ -17,6 +17,7 @@ from ..kernels.cpu.threads import usable_cores
 from ..runtime.config import (
     DEVICES,
     GPU_MEMORY_UTILIZATION,
+    TIMEOUT_S,
     CacheConfig,
     EngineConfig,
     SchedulerConfig,
@@ -84,8 +85,8 @@ class GroupConfig:
             ("gpu_memory_utilization", self.gpu_memory_utilization, *GPU_MEMORY_UTILIZATION),
             ("num_threads", 1 if self.num_threads is None else self.num_threads, 1, 4096),
             ("num_kv_blocks", 1 if self.num_kv_blocks is None else self.num_kv_blocks, 1, 2**31 - 1),
-            ("start_timeout_s", self.start_timeout_s, 0.1, 86400.0),
-            ("step_timeout_s", self.step_timeout_s, 0.1, 86400.0),
+            ("start_timeout_s", self.start_timeout_s, *TIMEOUT_S),
+            ("step_timeout_s", self.step_timeout_s, *TIMEOUT_S),
         ):
             check_range(name, value, low, high)
         check_choice("device", self.device, DEVICES)

@@ -21,6 +21,7 @@ from fuseline.runtime.role import WorkerRole
         (lambda: ClusterConfig(ray_address="ray://head:10001"), "ray_address"),
         (lambda: ClusterConfig(port=65536), "port"),
         (lambda: ClusterConfig(start_timeout_s=0), "start_timeout_s"),
+        (lambda: ClusterConfig(start_timeout_s=0.01), "start_timeout_s"),
         (lambda: EngineLimits(max_model_len=0), "max_model_len"),
         (lambda: EngineLimits(num_blocks=0), "num_blocks"),
         (lambda: EngineLimits(max_num_seqs=0), "max_num_seqs"),
