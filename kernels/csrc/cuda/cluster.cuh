@@ -36,6 +36,14 @@ struct Place {
     __device__ uint32_t peer(uint32_t step) const { return (rank + step) % cluster; }
 };
 
+// Only by threads that have elements: peers cannot go on without those, so no such thread is ever two phases behind.
+// One without could be, and would then wait for a phase that never ends.
+__device__ inline void wait_for_own(uint32_t barrier, uint32_t parity, uint32_t vectors) {
+    if (threadIdx.x < vectors) {
+        ptx::mbarrier_wait(barrier, parity);
+    }
+}
+
 // ---- one-shot ------------------------------------------------------------------------------------------------------
 
 // All-reduce of vectors of `elements`, a multiple of 4.
@@ -75,7 +83,7 @@ class ClusterReduce {
                               ptx::map_to_rank(barrier, peer));
             }
         }
-        ptx::mbarrier_wait(barrier, epoch_ / 2 % 2);
+        wait_for_own(barrier, epoch_ / 2 % 2, vectors_);
         for (uint32_t i = threadIdx.x; i < vectors_; i += blockDim.x) {
             float4 total = place_.rank == 0 ? data[i] : slots[i];
             for (uint32_t rank = 1; rank < place_.cluster; ++rank) {
@@ -118,7 +126,8 @@ class ClusterGather {
     }
 
     // The segments of all ranks, in order. Valid until the next call but one; between reading one result and the next
-    // call lies a barrier of the CTA. A thread sees the own segment's elements of others after a barrier only.
+    // call lies a barrier of the CTA, without which a thread may miss a phase. A thread sees the own segment's elements
+    // of others after a barrier only.
     __device__ const float4* operator()(const float4* segment) {
         const uint32_t set = epoch_ % 2, barrier = barriers_ + 8 * set;
         float4* result = results_ + set * place_.cluster * vectors_;
@@ -264,7 +273,7 @@ class ClusterReduceLog2 {
                 ptx::st_async(ptx::map_to_rank(ptx::shared_address(received + i), peer), data[i],
                               ptx::map_to_rank(barrier, peer));
             }
-            ptx::mbarrier_wait(barrier, epoch_ / 2 % 2);
+            wait_for_own(barrier, epoch_ / 2 % 2, vectors_);
             for (uint32_t i = threadIdx.x; i < vectors_; i += blockDim.x) {
                 data[i] = peer < place_.rank ? combine<Op>(received[i], data[i]) : combine<Op>(data[i], received[i]);
             }

@@ -134,8 +134,8 @@ __global__ void __launch_bounds__(kThreads) gather_on_chip(const __grid_constant
     const float4* result = data;
     for (int repeat = 0; repeat < args.repeats; ++repeat) {
         result = gather(data);
+        __syncthreads(); // as gather asks, and so that others' elements are seen
     }
-    __syncthreads();
     store_vectors(args.output, result, args.cluster * args.elements / 4);
 }
 
