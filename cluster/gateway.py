@@ -128,10 +128,10 @@ class Gateway:
         return port
 
     async def wait_ready(self) -> None:
-        """Return when a request could be served: a ready worker for each phase is in sight."""
+        """Return when a ready worker for each phase is in sight. Decode workers alone would do, but not as asked."""
         ready = asyncio.Event()
-        self.pool.subscribe(lambda: ready.set() if self._can_serve() else None)
-        if not self._can_serve():
+        self.pool.subscribe(lambda: ready.set() if self._has_all_phases() else None)
+        if not self._has_all_phases():
             await ready.wait()
 
     async def failed(self) -> BaseException:
@@ -154,22 +154,20 @@ class Gateway:
             await asyncio.gather(self._health_task, return_exceptions=True)
         await self.pool.close()
 
-    def _can_serve(self) -> bool:
+    def _has_all_phases(self) -> bool:
         has_ready = self.pool.has_ready
-        if has_ready(WorkerRole.MIXED):
-            return True
-        return has_ready(WorkerRole.DECODE) and has_ready(WorkerRole.PREFILL)
+        return has_ready(WorkerRole.MIXED) or (has_ready(WorkerRole.DECODE) and has_ready(WorkerRole.PREFILL))
 
     async def _tell_health(self) -> None:
         """Keep the health service's answers current."""
         while True:
             self._changed.clear()
-            can_serve = self._can_serve()
+            can_decode = self.pool.has_ready(WorkerRole.DECODE, WorkerRole.MIXED)
             states = {
-                "": can_serve,
-                INFERENCE: can_serve,
+                "": can_decode,  # which can serve: see ``Router``
+                INFERENCE: can_decode,
                 "prefill": self.pool.has_ready(WorkerRole.PREFILL, WorkerRole.MIXED),
-                "decode": self.pool.has_ready(WorkerRole.DECODE, WorkerRole.MIXED),
+                "decode": can_decode,
             }
             if self._cluster_service is not None:
                 states[CLUSTER] = True

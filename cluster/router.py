@@ -13,9 +13,9 @@ work of computing one prompt token:
     local prefill    LOCAL_SHARE * (tokens queued + prompt tokens that decode lacks)   it stalls the decodes there
 
 Local prefill means that the decode worker computes the prompt itself: a MIXED worker may always, a DECODE worker
-when it holds nearly all of it (at most ``LOCAL_PREFILL_BLOCKS`` blocks to go). What a replica holds is told by
-``cached_prefixes``: the first eight bytes of the chained block hashes of ``runtime/prefix_cache.py``. Stale hints
-cost time, never text.
+when it holds nearly all of it (at most ``LOCAL_PREFILL_BLOCKS`` blocks to go), or while no prefill worker is there:
+the first is still to come, or the last is lost. What a replica holds is told by ``cached_prefixes``: the first eight
+bytes of the chained block hashes of ``runtime/prefix_cache.py``. Stale hints cost time, never text.
 
 Ties go to the smallest worker id, so equal inputs give equal decisions whatever the snapshots' order.
 """
@@ -115,7 +115,7 @@ class Router:
         """Choose the cheapest workers. Draining replicas never; failed ones only when there is no other.
 
         Raises:
-            UnavailableError: a needed pool has no replica that takes requests.
+            UnavailableError: no decode worker takes requests.
             BusyError: the sequence fits a replica, but none has free blocks for it now, or prefill has a long queue.
             ResourceExhaustedError: the prompt is larger than any replica's whole KV pool.
         """
@@ -129,16 +129,14 @@ class Router:
         best: tuple[float, str] | None = None
         decision: RoutingDecision | None = None
         for decoder in fitting:
-            cost, where = self._cheapest_prefill(query, decoder, prefill)
+            cost, where = self._cheapest_prefill(query, decoder, prefill, is_alone=not prefillers)
             if where is None:
                 continue
             score = self._decode_cost(query, decoder) + cost, decoder.worker_id
             if best is None or score < best:
                 best, decision = score, self._decision(query, decoder, where)
-        if decision is None and prefillers:
-            raise BusyError("every prefill worker has a long queue", pool="prefill", retry_after_s=1)
         if decision is None:
-            raise UnavailableError("no prefill worker takes requests", pool="prefill", retry_after_s=1)
+            raise BusyError("every prefill worker has a long queue", pool="prefill", retry_after_s=1)
         return decision
 
     def num_cached_tokens(self, query: RoutingQuery, replica: ReplicaSnapshot) -> int:
@@ -170,13 +168,14 @@ class Router:
         raise BusyError(f"no decode worker has {needed} free KV blocks now", pool="decode", retry_after_s=1)
 
     def _cheapest_prefill(
-        self, query: RoutingQuery, decoder: ReplicaSnapshot, prefill: ReplicaSnapshot | None
+        self, query: RoutingQuery, decoder: ReplicaSnapshot, prefill: ReplicaSnapshot | None, *, is_alone: bool
     ) -> tuple[float, ReplicaSnapshot | None]:
         """Cost of computing the prompt for ``decoder`` and where; None when nobody may."""
         num_cached = self.num_cached_tokens(query, decoder)
         num_left = query.num_prompt_tokens - num_cached
+        is_almost_there = num_cached > 0 and num_left <= LOCAL_PREFILL_BLOCKS * self.block_size
         options: list[tuple[float, ReplicaSnapshot]] = []
-        if decoder.role is WorkerRole.MIXED or (num_cached and num_left <= LOCAL_PREFILL_BLOCKS * self.block_size):
+        if decoder.role is WorkerRole.MIXED or is_alone or is_almost_there:
             options.append((LOCAL_SHARE * self._prefill_work(query, decoder), decoder))
         if prefill is not None:
             handoff = TRANSFER_SHARE * num_left + HANDOFF_TOKENS

@@ -290,6 +290,17 @@ async def test_a_client_that_leaves_while_it_is_written_to_is_no_failure(
     assert not caplog.records
 
 
+async def test_the_text_is_the_same_while_no_prefill_worker_is_there(cluster: LiveCluster) -> None:
+    expected = await cluster.client.complete(LONG_PROMPT, SAMPLED)
+    assert expected.completions[0].summary.prefill_worker == "prefill-0"
+    cluster.membership.set(info for info in cluster.infos if info.role is WorkerRole.DECODE)
+    await until(lambda: "prefill-0" not in cluster.snapshots())
+    alone = await cluster.client.complete(LONG_PROMPT, SAMPLED, cache_salt="another tenant")
+    assert alone.text == expected.text
+    assert alone.completions[0].summary.prefill_worker == ""
+    assert alone.completions[0].summary.num_cached_tokens == 0
+
+
 async def test_health_follows_the_workers_and_reflection_names_the_services(cluster: LiveCluster) -> None:
     async with grpc.aio.insecure_channel(cluster.address) as channel:
         health = health_pb2_grpc.HealthStub(channel)
@@ -302,8 +313,11 @@ async def test_health_follows_the_workers_and_reflection_names_the_services(clus
             assert await serving(service)
         cluster.membership.set(info for info in cluster.infos if info.role is WorkerRole.DECODE)
         await until(lambda: "prefill-0" not in cluster.snapshots())
-        assert [await serving(service) for service in ("", "prefill", "decode")] == [False, False, True]
-        with pytest.raises(UnavailableError, match="prefill"):
+        assert [await serving(service) for service in ("", "prefill", "decode")] == [True, False, True]
+        cluster.membership.set(info for info in cluster.infos if info.role is WorkerRole.PREFILL)
+        await until(lambda: "decode-0" not in cluster.snapshots() and "prefill-0" in cluster.snapshots())
+        assert [await serving(service) for service in ("", "prefill", "decode")] == [False, True, False]
+        with pytest.raises(UnavailableError, match="decode"):
             await cluster.client.complete(PROMPT, GREEDY)
 
         ask = reflection_pb2.ServerReflectionRequest(list_services="")
