@@ -29,6 +29,7 @@ from .dispatcher import Dispatcher
 from .inference_service import InferenceService
 from .membership import Membership
 from .router import Router
+from .tasks import watched
 from .worker_pool import WorkerPool
 
 INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
@@ -122,7 +123,7 @@ class Gateway:
             raise UnavailableError(f"cannot listen on {address}: is it in use?", address=address) from error
         self.pool.subscribe(self._changed.set)
         self.pool.start()
-        self._health_task = asyncio.create_task(self._tell_health())
+        self._health_task = watched(self._tell_health(), self.pool.note_failure)
         await server.start()
         self._server = server
         return port

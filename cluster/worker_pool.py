@@ -155,12 +155,18 @@ class WorkerPool:
 
     def start(self) -> None:
         """Begin to follow membership, in the running loop."""
-        self._task = watched(self._follow(), self._note_failure)
+        self._task = watched(self._follow(), self.note_failure)
 
     async def failed(self) -> BaseException:
         """Wait until the pool can no longer follow its workers, by a bug; returns what happened."""
         await self._failed.wait()
         return self._failure or RuntimeError("the pool has failed")
+
+    def note_failure(self, error: BaseException) -> None:
+        """Take a bug in whatever follows the workers, here or in a listener, as the pool's own."""
+        logger.error("the gateway can no longer follow its workers", exc_info=error)
+        self._failure = self._failure or error
+        self._failed.set()
 
     async def close(self) -> None:
         """Stop following and close all channels; calls still open on them are cancelled."""
@@ -221,7 +227,7 @@ class WorkerPool:
             known = self._workers.get(worker_id)
             if known is None:
                 self._workers[worker_id] = worker = _connect(info)
-                worker.task = watched(self._watch(worker), self._note_failure)
+                worker.task = watched(self._watch(worker), self.note_failure)
             else:
                 known.info = info
         for worker_id in self._workers.keys() - named.keys():
@@ -253,11 +259,6 @@ class WorkerPool:
                 self.announce()
             await asyncio.sleep(delay)
             delay = min(2 * delay, MAX_RECONNECT_DELAY_S)
-
-    def _note_failure(self, error: BaseException) -> None:
-        logger.error("the gateway can no longer follow its workers", exc_info=error)
-        self._failure = self._failure or error
-        self._failed.set()
 
     def _learn(self, worker: _Worker, snapshot: worker_pb2.WorkerSnapshot) -> None:
         if snapshot.role not in KNOWN_ROLES:

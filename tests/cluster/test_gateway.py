@@ -11,7 +11,7 @@ from typing import Any
 import grpc.aio
 import pytest
 from google.rpc import error_details_pb2
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
 
@@ -303,10 +303,10 @@ async def test_the_text_is_the_same_while_no_prefill_worker_is_there(cluster: Li
 
 async def test_health_follows_the_workers_and_reflection_names_the_services(cluster: LiveCluster) -> None:
     async with grpc.aio.insecure_channel(cluster.address) as channel:
-        health = health_pb2_grpc.HealthStub(channel)
+        stub = health_pb2_grpc.HealthStub(channel)
 
         async def serving(service: str) -> bool:
-            answer = await health.Check(health_pb2.HealthCheckRequest(service=service))
+            answer = await stub.Check(health_pb2.HealthCheckRequest(service=service))
             return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
         for service in ("", "prefill", "decode", "fuseline.v1.Inference"):
@@ -370,3 +370,16 @@ async def test_what_does_not_finish_in_time_is_cut_off_as_unavailable() -> None:
             await anext(running)
         await stopping
         await until(lambda: worker.ended == ["cancelled"])
+
+
+async def test_a_gateway_that_cannot_tell_its_health_any_more_says_so(
+    cluster: LiveCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(health.aio.HealthServicer, "set", fail)  # type: ignore[attr-defined]
+        cluster.gateway.pool.announce()
+        async with asyncio.timeout(PATIENTLY_S):
+            assert str(await cluster.gateway.failed()) == "a bug"
