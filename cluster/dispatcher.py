@@ -47,7 +47,7 @@ class Dispatcher:
         """Wait for room and take it. The caller releases the assignment.
 
         Raises:
-            UnavailableError: a needed pool has nobody.
+            UnavailableError: no decode worker takes requests.
             WaitedTooLongError: there was no room within ``max_wait_s``.
             ResourceExhaustedError: it can never fit.
         """

@@ -246,18 +246,22 @@ class SequenceFlow:
                 legs.append(prefill)
                 first = await _first_token(prefill, decode)
                 assignment.prefilled()
-                if self._is_new(first):
-                    yield first
+                if (unsent := self._unsent(first)) is not None:
+                    yield unsent
                 if first.finish_reason:
                     return
                 await _handed_over(prefill, decode)
             while True:
                 event = await decode.next()
+                output: common_pb2.SequenceOutput | None = event.output
                 if not self._started:
+                    self._started = True
                     assignment.prefilled()
                     assignment.decoding()
-                self._started = True
-                yield event.output
+                    if local:
+                        output = self._unsent(event.output)
+                if output is not None:
+                    yield output
                 if event.output.finish_reason:
                     return
         finally:
@@ -285,19 +289,26 @@ class SequenceFlow:
             )
         return failed.error
 
-    def _is_new(self, first: common_pb2.SequenceOutput) -> bool:
-        """Whether the first token has to be given out; a retry must have sampled the same one.
+    def _unsent(self, output: common_pb2.SequenceOutput) -> common_pb2.SequenceOutput | None:
+        """Of the output that a try begins with, what no earlier one has given out; None if that is nothing.
 
         Raises:
-            InternalError: it has not, so that the text given out is no prefix of the answer.
+            InternalError: it begins with another token, so that the text given out is no prefix of the answer.
         """
-        token_ids = tuple(first.token_ids)
+        first = tuple(output.token_ids[:1])
+        if not first:
+            return output
         if self._first is None:
-            self._first = token_ids
-            return True
-        if self._first != token_ids:
-            raise InternalError(f"the first token was {self._first}, a retry sampled {token_ids}")
-        return False
+            self._first = first
+            return output
+        if self._first != first:
+            raise InternalError(f"the first token was {self._first}, a retry sampled {first}")
+        rest = common_pb2.SequenceOutput()
+        rest.CopyFrom(output)
+        del rest.token_ids[:1]
+        del rest.logprobs[:1]
+        rest.ClearField("prompt_logprobs")
+        return rest if rest.token_ids or rest.finish_reason else None
 
     def _time_left(self) -> float | None:
         deadline = self._request.deadline

@@ -13,9 +13,10 @@ work of computing one prompt token:
     local prefill    LOCAL_SHARE * (tokens queued + prompt tokens that decode lacks)   it stalls the decodes there
 
 Local prefill means that the decode worker computes the prompt itself: a MIXED worker may always, a DECODE worker
-when it holds nearly all of it (at most ``LOCAL_PREFILL_BLOCKS`` blocks to go), or while no prefill worker is there:
-the first is still to come, or the last is lost. What a replica holds is told by ``cached_prefixes``: the first eight
-bytes of the chained block hashes of ``runtime/prefix_cache.py``. Stale hints cost time, never text.
+when it holds nearly all of it (at most ``LOCAL_PREFILL_BLOCKS`` blocks to go), or when there is no prefill worker but
+such as have failed the sequence: the first is still to come, or the last is lost. What a replica holds is told by
+``cached_prefixes``: the first eight bytes of the chained block hashes of ``runtime/prefix_cache.py``. Stale hints
+cost time, never text.
 
 Ties go to the smallest worker id, so equal inputs give equal decisions whatever the snapshots' order.
 """
@@ -104,39 +105,43 @@ class Router:
     """Routing for workers whose KV blocks have ``block_size`` tokens.
 
     Attributes:
-        max_queued_tokens: a worker with more prompt tokens before it is full: the sequence's decode blocks, reserved
-            before prefill starts, would be held for too long, and another worker may be free sooner.
+        max_queued_tokens: a worker with more prompt tokens before it gets no further prompt: the sequence's decode
+            blocks, reserved before prefill starts, would be held for too long, and another may be free sooner.
     """
 
     block_size: int
     max_queued_tokens: int = 8192
 
     def route(self, query: RoutingQuery, replicas: Collection[ReplicaSnapshot]) -> RoutingDecision:
-        """Choose the cheapest workers. Draining replicas never; failed ones only when there is no other.
+        """Choose the cheapest workers. Draining replicas never; one that failed the sequence decodes it again only
+        when there is no other, and never computes its prompt for another.
 
         Raises:
             UnavailableError: no decode worker takes requests.
-            BusyError: the sequence fits a replica, but none has free blocks for it now, or prefill has a long queue.
+            BusyError: the sequence fits a replica, but none has free blocks for it now, or a short enough queue.
             ResourceExhaustedError: the prompt is larger than any replica's whole KV pool.
         """
-        decoders = _eligible(query, replicas, (WorkerRole.DECODE, WorkerRole.MIXED))
-        prefillers = _eligible(query, replicas, (WorkerRole.PREFILL,))
+        decoders = _available(replicas, WorkerRole.DECODE, WorkerRole.MIXED)
         if not decoders:
             raise UnavailableError("no decode worker takes requests", pool="decode", retry_after_s=1)
-        fitting = self._with_room(query, decoders)
-        prompt_workers = [p for p in prefillers if p.num_queued_tokens <= self.max_queued_tokens]
-        prefill = min(prompt_workers, key=lambda p: (self._prefill_work(query, p), p.worker_id), default=None)
+        fitting = self._with_room(query, _fresh(query, decoders) or decoders)
+        prefillers = _fresh(query, _available(replicas, WorkerRole.PREFILL))
+        prefill = min(
+            (p for p in prefillers if self._takes_prompts(p)),
+            key=lambda p: (self._prefill_work(query, p), p.worker_id),
+            default=None,
+        )
         best: tuple[float, str] | None = None
         decision: RoutingDecision | None = None
         for decoder in fitting:
-            cost, where = self._cheapest_prefill(query, decoder, prefill, is_alone=not prefillers)
+            cost, where = self._cheapest_prefill(query, decoder, prefill, no_prefillers=not prefillers)
             if where is None:
                 continue
             score = self._decode_cost(query, decoder) + cost, decoder.worker_id
             if best is None or score < best:
                 best, decision = score, self._decision(query, decoder, where)
         if decision is None:
-            raise BusyError("every prefill worker has a long queue", pool="prefill", retry_after_s=1)
+            raise BusyError("all that may compute the prompt have a long queue", pool="prefill", retry_after_s=1)
         return decision
 
     def num_cached_tokens(self, query: RoutingQuery, replica: ReplicaSnapshot) -> int:
@@ -168,19 +173,24 @@ class Router:
         raise BusyError(f"no decode worker has {needed} free KV blocks now", pool="decode", retry_after_s=1)
 
     def _cheapest_prefill(
-        self, query: RoutingQuery, decoder: ReplicaSnapshot, prefill: ReplicaSnapshot | None, *, is_alone: bool
+        self, query: RoutingQuery, decoder: ReplicaSnapshot, prefill: ReplicaSnapshot | None, *, no_prefillers: bool
     ) -> tuple[float, ReplicaSnapshot | None]:
         """Cost of computing the prompt for ``decoder`` and where; None when nobody may."""
         num_cached = self.num_cached_tokens(query, decoder)
         num_left = query.num_prompt_tokens - num_cached
         is_almost_there = num_cached > 0 and num_left <= LOCAL_PREFILL_BLOCKS * self.block_size
+        # What does not find a short queue then waits for a prefill worker to come, instead of filling this one up.
+        stands_in = no_prefillers and self._takes_prompts(decoder)
         options: list[tuple[float, ReplicaSnapshot]] = []
-        if decoder.role is WorkerRole.MIXED or is_alone or is_almost_there:
+        if decoder.role is WorkerRole.MIXED or is_almost_there or stands_in:
             options.append((LOCAL_SHARE * self._prefill_work(query, decoder), decoder))
         if prefill is not None:
             handoff = TRANSFER_SHARE * num_left + HANDOFF_TOKENS
             options.append((self._prefill_work(query, prefill) + handoff, prefill))
         return min(options, key=lambda option: option[0], default=(0.0, None))
+
+    def _takes_prompts(self, replica: ReplicaSnapshot) -> bool:
+        return replica.num_queued_tokens <= self.max_queued_tokens
 
     def _prefill_work(self, query: RoutingQuery, replica: ReplicaSnapshot) -> float:
         return replica.num_queued_tokens + query.num_prompt_tokens - self.num_cached_tokens(query, replica)
@@ -203,10 +213,10 @@ class Router:
         return -(-num_tokens // self.block_size)
 
 
-def _eligible(
-    query: RoutingQuery, replicas: Collection[ReplicaSnapshot], roles: Collection[WorkerRole]
-) -> list[ReplicaSnapshot]:
-    """Those of ``roles`` that take requests; failed ones only when all of them failed the sequence before."""
-    alive = [r for r in replicas if r.role in roles and not r.draining]
-    fresh = [r for r in alive if r.worker_id not in query.failed_workers]
-    return fresh or alive
+def _available(replicas: Collection[ReplicaSnapshot], *roles: WorkerRole) -> list[ReplicaSnapshot]:
+    return [r for r in replicas if r.role in roles and not r.draining]
+
+
+def _fresh(query: RoutingQuery, replicas: Collection[ReplicaSnapshot]) -> list[ReplicaSnapshot]:
+    """Those that have not failed the sequence."""
+    return [r for r in replicas if r.worker_id not in query.failed_workers]

@@ -9,5 +9,5 @@ class WorkerRole(StrEnum):
     """Which part of a request a worker takes; the names are those of the wire's ``WorkerRole``."""
 
     PREFILL = "prefill"  # prompts, whose KV goes to a decode worker
-    DECODE = "decode"  # sequences whose KV comes from a prefill worker
+    DECODE = "decode"  # sequences whose KV comes from a prefill worker, while there is one
     MIXED = "mixed"  # whole requests, as when there is no prefill pool; takes handed-off sequences as well

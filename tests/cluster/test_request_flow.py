@@ -17,6 +17,7 @@ from fuseline.cluster.membership import StaticMembership
 from fuseline.cluster.request_flow import MAX_ATTEMPTS, FlowRecord, SequenceFlow
 from fuseline.cluster.router import Router
 from fuseline.cluster.worker_pool import WorkerPool
+from fuseline.proto.fuseline.v1 import common_pb2, worker_pb2
 from fuseline.runtime.errors import DeadlineExceededError, FuselineError, InternalError, UnavailableError
 from fuseline.runtime.request import Request
 from fuseline.runtime.role import WorkerRole
@@ -127,6 +128,42 @@ async def test_a_retry_that_samples_another_first_token_is_a_bug_that_is_told() 
             await anext(outputs)
 
 
+@pytest.mark.parametrize("steps", [[UNAVAILABLE], [first_token(7), UNAVAILABLE]])
+@pytest.mark.parametrize("outputs", [[output(7), output(8, last=True)], [output(7, 8, last=True)]])
+async def test_without_another_prefill_worker_decode_computes_the_prompt_and_no_token_comes_twice(
+    steps: list[Any], outputs: list[Any]
+) -> None:
+    p, d = prefill("p", steps), decode("d", [reserved(), NEVER()], outputs)
+    async with cluster(p, d) as c:
+        assert await c.run() == [7, 8]
+        assert [request.local_prefill for request in d.requests] == [False, True]
+        assert (c.record.prefill_worker, c.record.num_retries) == ("", 1)
+
+
+async def test_what_was_given_out_with_the_first_token_does_not_come_again() -> None:
+    def told(*tokens: int, finish_reason: common_pb2.FinishReason) -> common_pb2.SequenceOutput:
+        logprobs = [common_pb2.TokenLogprobs(token_id=token) for token in tokens]
+        prompt = [common_pb2.TokenLogprobs(token_id=1)]
+        return common_pb2.SequenceOutput(
+            token_ids=tokens, logprobs=logprobs, prompt_logprobs=prompt, finish_reason=finish_reason
+        )
+
+    first = worker_pb2.PrefillEvent(first_token=told(7, finish_reason=common_pb2.FINISH_REASON_UNSPECIFIED))
+    whole = worker_pb2.DecodeEvent(output=told(7, 8, finish_reason=common_pb2.FINISH_REASON_LENGTH))
+    p, d = prefill("p", [first, UNAVAILABLE]), decode("d", [reserved(), NEVER()], [whole])
+    async with cluster(p, d) as c, aclosing(c.flow().outputs()) as outputs:
+        seen = [output async for output in outputs]
+        assert [[entry.token_id for entry in output.logprobs] for output in seen] == [[7], [8]]
+        assert [len(output.prompt_logprobs) for output in seen] == [1, 0]
+
+
+async def test_a_decode_worker_that_computes_another_first_token_is_told_as_a_bug() -> None:
+    p, d = prefill("p", [first_token(7), UNAVAILABLE]), decode("d", [reserved(), NEVER()], [output(70), NEVER()])
+    async with cluster(p, d) as c:
+        with pytest.raises(InternalError, match="first token was"):
+            await c.run()
+
+
 async def test_nothing_is_retried_once_decode_has_given_something() -> None:
     p = prefill("p", [first_token(7)])
     d = decode("d", [reserved(), output(8), UNAVAILABLE])
@@ -150,8 +187,8 @@ async def test_attempts_are_bounded_and_the_last_error_is_told(status: grpc.Stat
 @pytest.mark.parametrize("status", [NOT_FOUND, ALREADY_EXISTS])
 async def test_names_that_the_gateway_gave_are_not_the_users_fault(status: grpc.StatusCode) -> None:
     """A commit comes late by a hair, or an attempt before its predecessor is cleaned up."""
-    p = prefill("p", [first_token(7), status], [first_token(7)])
-    d = decode("d", [reserved(), NEVER()], [status], [reserved(), output(8, last=True)])
+    p = prefill("p", [first_token(7), status])
+    d = decode("d", [reserved(), NEVER()], [status], [output(7), output(8, last=True)])
     async with cluster(p, d) as c:
         assert await c.run() == [7, 8]
         assert c.record.num_retries == 2

@@ -76,6 +76,12 @@ def routed(asked: RoutingQuery, snapshots: list[ReplicaSnapshot]) -> RoutingDeci
         return type(error)
 
 
+def fresh_prefillers(asked: RoutingQuery, snapshots: list[ReplicaSnapshot]) -> list[ReplicaSnapshot]:
+    """That take requests and have not failed this one."""
+    alive = [s for s in snapshots if s.role is WorkerRole.PREFILL and not s.draining]
+    return [s for s in alive if s.worker_id not in asked.failed_workers]
+
+
 @given(queries, replicas(), st.randoms())
 @settings(max_examples=80, deadline=None)
 def test_a_decision_names_workers_that_can_do_it_and_no_order_changes_it(
@@ -98,9 +104,7 @@ def test_a_decision_names_workers_that_can_do_it_and_no_order_changes_it(
         prefiller = by_id[decision.prefill_worker]
         assert prefiller.role is WorkerRole.PREFILL
         assert not prefiller.draining
-    elif decoder.role is WorkerRole.DECODE and any(
-        s.role is WorkerRole.PREFILL and not s.draining for s in snapshots
-    ):
+    elif decoder.role is WorkerRole.DECODE and fresh_prefillers(asked, snapshots):
         assert decision.num_prefill_tokens <= LOCAL_PREFILL_BLOCKS * BLOCK
 
 
@@ -110,37 +114,34 @@ def test_it_refuses_only_when_no_pair_of_workers_can_do_it(
     asked: RoutingQuery, snapshots: list[ReplicaSnapshot]
 ) -> None:
     outcome = routed(asked, snapshots)
-    alive = [s for s in snapshots if not s.draining]
-    decoders = [s for s in alive if s.role is not WorkerRole.PREFILL]
-    prefillers = [s for s in alive if s.role is WorkerRole.PREFILL]
+    decoders = [s for s in snapshots if s.role is not WorkerRole.PREFILL and not s.draining]
     if outcome is UnavailableError:
         assert not decoders
     elif not isinstance(outcome, RoutingDecision):
         candidates = [d for d in decoders if d.worker_id not in asked.failed_workers] or decoders
         needed = -(-(asked.num_prompt_tokens + 1) // BLOCK)
-        if any(d.num_free_blocks >= needed for d in candidates):
+        with_room = [d for d in candidates if d.num_free_blocks >= needed]
+        if with_room:
             assert outcome is BusyError
-            fresh = [p for p in prefillers if p.worker_id not in asked.failed_workers] or prefillers
-            assert all(p.num_queued_tokens > ROUTER.max_queued_tokens for p in fresh)
+            prefillers = fresh_prefillers(asked, snapshots)
+            assert all(d.role is WorkerRole.DECODE for d in with_room)
+            assert all(worker.num_queued_tokens > ROUTER.max_queued_tokens for worker in prefillers or with_room)
         else:
             assert (outcome is BusyError) == any(d.num_total_blocks >= needed for d in candidates)
 
 
 @given(queries, replicas())
 @settings(max_examples=80, deadline=None)
-def test_a_worker_that_failed_the_sequence_is_taken_only_when_all_of_its_role_did(
+def test_a_worker_that_failed_the_sequence_only_decodes_it_again_and_only_when_all_did(
     asked: RoutingQuery, snapshots: list[ReplicaSnapshot]
 ) -> None:
     decision = routed(asked, snapshots)
     if not isinstance(decision, RoutingDecision):
         return
-    for name, roles in (
-        (decision.decode_worker, (WorkerRole.DECODE, WorkerRole.MIXED)),
-        (decision.prefill_worker, (WorkerRole.PREFILL,)),
-    ):
-        if name in asked.failed_workers:
-            peers = [s.worker_id for s in snapshots if s.role in roles and not s.draining]
-            assert set(peers) <= asked.failed_workers
+    assert decision.prefill_worker not in asked.failed_workers
+    if decision.decode_worker in asked.failed_workers:
+        peers = [s.worker_id for s in snapshots if s.role is not WorkerRole.PREFILL and not s.draining]
+        assert set(peers) <= asked.failed_workers
 
 
 @given(queries, replicas(), st.integers(0, 7), st.integers(1, 5))
@@ -197,8 +198,12 @@ def test_decode_workers_compute_prompts_only_while_no_prefill_worker_is_there() 
     for gone in ([], [prefill(draining=True)]):
         assert ROUTER.route(query(1000), [*gone, decode()]) == RoutingDecision(None, "d0", 1000, 63)
     assert ROUTER.route(query(3), [prefill(), decode()]).prefill_worker == "p0"
-    with pytest.raises(BusyError, match="long queue"):
-        ROUTER.route(query(3), [prefill(num_queued_tokens=ROUTER.max_queued_tokens + 1), decode()])
+    failed = query(1000, failed_workers=frozenset({"p0"}))
+    assert ROUTER.route(failed, [prefill(), decode()]).prefill_worker is None
+    too_many = ROUTER.max_queued_tokens + 1
+    for busy in ([prefill(num_queued_tokens=too_many), decode()], [decode(num_queued_tokens=too_many)]):
+        with pytest.raises(BusyError, match="long queue"):
+            ROUTER.route(query(3), busy)
 
 
 def test_a_mixed_worker_needs_no_prefill_pool_but_uses_one_for_long_prompts() -> None:
