@@ -34,17 +34,21 @@ class StartNews:
 
 
 class LossNews:
-    """What is new of replicas that were lost: each loss once, told of what takes the lost one's place."""
+    """What is new of replicas that were lost: each loss once."""
 
     def __init__(self) -> None:
-        self._told: set[tuple[str, int]] = set()
+        self._num_restarts: dict[str, int] = {}  # by slot, whose replicas come and go
 
     def news(self, status: ControllerStatus) -> list[str]:
         """A line for each."""
-        losses = {(row.worker_id, row.num_restarts): row for row in _troubled(status)}
-        lines = [f"{row.worker_id}: {row.message}" for loss, row in losses.items() if loss not in self._told]
-        self._told = set(losses)
-        return lines
+        told, self._num_restarts = self._num_restarts, {_slot(row): row.num_restarts for row in status.replicas}
+        losses = {_slot(row): row for row in _troubled(status) if row.num_restarts > told.get(_slot(row), 0)}
+        return [f"{row.worker_id}: {row.message}" for row in losses.values()]
+
+
+def _slot(row: ReplicaRow) -> str:
+    """Its name, without what tells a slot's replicas apart."""
+    return "-".join(row.worker_id.split("-")[:2])
 
 
 def _troubled(status: ControllerStatus) -> list[ReplicaRow]:

@@ -32,7 +32,10 @@ from .gateway import Gateway, GatewayConfig, join_address
 from .processes import descendants, end_all
 from .ray_backend import RayBackend
 from .replica_news import LossNews, StartNews
+from .tasks import watched
 from .wording import counted
+
+logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LONG_POLL_S = 10.0
@@ -177,7 +180,7 @@ async def _serve(
         if telling.done() and not ended.done():
             telling.result()
             say(f"ready in {time.monotonic() - started_at:.1f} s: {join_address(config.host, port)} (Ctrl-C stops)")
-            telling = asyncio.create_task(_tell_losses(backend.controller, say))
+            telling = watched(_tell_losses(backend.controller, say), _note_silence)
         await asyncio.wait({ended})
         telling.cancel()
         await asyncio.gather(telling, return_exceptions=True)
@@ -239,6 +242,10 @@ async def _tell_losses(control: ClusterControl, say: Say) -> None:
         version = status.version
         for line in told.news(status):
             say(line)
+
+
+def _note_silence(error: BaseException) -> None:
+    logger.error("replicas that are lost are not told of any more", exc_info=error)
 
 
 def _numbers(model: ModelInfo) -> str:

@@ -10,8 +10,10 @@ from fuseline.runtime.role import WorkerRole
 from fuseline.tests.cluster.memory_cluster import CONFIG
 
 
-def row(state: ReplicaState, loading: Loading, message: str = "", num_restarts: int = 0) -> ReplicaRow:
-    return ReplicaRow("decode-0-ab", WorkerRole.DECODE, state, "", "", (), num_restarts, 1.0, loading, message)
+def row(
+    state: ReplicaState, loading: Loading, message: str = "", num_restarts: int = 0, worker_id: str = "decode-0-ab"
+) -> ReplicaRow:
+    return ReplicaRow(worker_id, WorkerRole.DECODE, state, "", "", (), num_restarts, 1.0, loading, message)
 
 
 def status(*rows: ReplicaRow) -> ControllerStatus:
@@ -46,13 +48,20 @@ def test_troubles_are_told_with_what_is_known_of_them() -> None:
 
 
 def test_each_loss_is_told_once() -> None:
-    told = LossNews()
-    well = row(ReplicaState.READY, Loading())
-    waiting = row(ReplicaState.STARTING, Loading(), "waits for its process")
-    assert told.news(status(well, waiting)) == []
-    first = row(ReplicaState.STARTING, Loading(), "replaces one that failed: out of memory", num_restarts=1)
-    assert told.news(status(well, first)) == ["decode-0-ab: replaces one that failed: out of memory"]
-    assert told.news(status(waiting, first)) == []
-    assert told.news(status(well, row(ReplicaState.READY, Loading(), num_restarts=1))) == []
-    second = row(ReplicaState.STARTING, Loading(), "failed 2 times in a row", num_restarts=2)
-    assert told.news(status(well, second)) == ["decode-0-ab: failed 2 times in a row"]
+    told, other = LossNews(), row(ReplicaState.READY, Loading(), worker_id="prefill-0-ab")
+
+    def news(state: ReplicaState, worker_id: str, num_restarts: int, message: str = "") -> list[str]:
+        return told.news(status(other, row(state, Loading(), message, num_restarts, worker_id)))
+
+    assert news(ReplicaState.READY, "decode-0-ab", 0) == []
+    assert news(ReplicaState.STARTING, "decode-0-ab", 0, "waits for its process") == []
+    assert news(ReplicaState.FAILED, "decode-0-ab", 0, "killed") == []
+    # What takes its place, and what took its place when that is lost in turn, first as it ends, then as a free slot.
+    assert news(ReplicaState.STARTING, "decode-0-cd", 1, "replaces one") == ["decode-0-cd: replaces one"]
+    assert news(ReplicaState.READY, "decode-0-cd", 1) == []
+    assert news(ReplicaState.FAILED, "decode-0-cd", 1, "killed again") == []
+    assert news(ReplicaState.STARTING, "decode-0", 2, "killed again") == ["decode-0: killed again"]
+    assert news(ReplicaState.STARTING, "decode-0-ef", 2, "replaces one: killed again") == []
+    # A slot that was given up and is used anew.
+    assert news(ReplicaState.READY, "decode-0-01", 0) == []
+    assert news(ReplicaState.STARTING, "decode-0-23", 1, "replaces one") == ["decode-0-23: replaces one"]
