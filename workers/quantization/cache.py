@@ -20,8 +20,9 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 import torch
 import xxhash
@@ -75,17 +76,11 @@ def open_arena(key: str, num_bytes: int) -> Iterator[Arena]:
         num_bytes: of all tensors, each ``aligned``.
     """
     folder = _usable_folder(num_bytes)
-    if folder is None:
+    lock = None if folder is None else _lock(folder / f"{key}.lock")
+    if folder is None or lock is None:
         yield _anonymous(num_bytes)
         return
-    try:
-        lock = (folder / f"{key}.lock").open("w")
-    except OSError as error:
-        logger.warning("quantised weights are not cached: %s", error)
-        yield _anonymous(num_bytes)
-        return
-    with lock:  # closing the file releases the lock, and so does the process's end
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with lock:
         path = folder / f"{key}.weights"
         arena = _map(path, key, num_bytes)
         if arena is not None:
@@ -114,6 +109,19 @@ def _usable_folder(num_bytes: int) -> Path | None:
         logger.warning("quantised weights are not cached: %s", error)
         return None
     return folder
+
+
+def _lock(path: Path) -> IO[bytes] | None:
+    """A locked file, whose closing releases the lock, as does the process's end; None if it cannot be locked."""
+    with ExitStack() as unless_locked:
+        try:
+            file = unless_locked.enter_context(path.open("wb"))
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            logger.warning("quantised weights are not cached: %s", error)
+            return None
+        unless_locked.pop_all()
+        return file
 
 
 def _anonymous(num_bytes: int) -> Arena:

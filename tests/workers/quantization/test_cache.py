@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import logging
 import os
 import shutil
@@ -159,7 +161,7 @@ def test_the_oldest_go_first(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert sorted(path.stem for path in folder.glob("*.weights")) == ["first", "third"]
 
 
-@pytest.mark.parametrize("trouble", ["open", "full", "read-only", "too large", "off"])
+@pytest.mark.parametrize("trouble", ["open", "full", "read-only", "unlockable", "too large", "off"])
 def test_without_a_usable_cache_loading_goes_on(
     trouble: str, folder: Path, model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -171,6 +173,12 @@ def test_without_a_usable_cache_loading_goes_on(
     elif trouble == "read-only":
         folder.parent.joinpath("file").touch()
         monkeypatch.setenv("FUSELINE_WEIGHT_CACHE", str(folder.parent / "file" / "cache"))
+    elif trouble == "unlockable":
+
+        def refuse(*_: object) -> None:
+            raise OSError(errno.ENOLCK, "no locks here")
+
+        monkeypatch.setattr(fcntl, "flock", refuse)
     elif trouble == "too large":
         monkeypatch.setattr(cache, "MAX_BYTES", 100)
     else:
@@ -179,4 +187,4 @@ def test_without_a_usable_cache_loading_goes_on(
         first = load(model)
     assert same(load(model), first)
     assert not list(folder.glob("*.weights"))
-    assert ("not cached" in caplog.text) == (trouble in ("open", "full", "read-only"))
+    assert ("not cached" in caplog.text) == (trouble in ("open", "full", "read-only", "unlockable"))
