@@ -54,7 +54,8 @@ def test_any_shape_and_any_mix_of_chunks_agrees_with_float64(
     runner = Runner(library, plan, block_size, seed=seed, kv_dtype=shape.kv_dtype)
     results = random_schedule(runner, prompts, seed, max_chunk=20)
     assert plan.embedding is not None
-    # In a tiny model a norm may make much of a rounding. As much as the exact logits move by one is allowed on top.
+    # In a tiny model a norm may make much of a rounding, and each op rounds. Ten times as much as the exact logits
+    # move when the embedding is rounded is allowed on top.
     noise = torch.randn(plan.embedding.shape, generator=torch.Generator().manual_seed(seed))
     nudged = replace(plan, embedding=plan.embedding.double() * (1 + 2**-24 * noise.double()))
     for prompt, logits in zip(prompts, results, strict=True):
