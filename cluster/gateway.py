@@ -129,7 +129,7 @@ class Gateway:
         return port
 
     async def wait_ready(self) -> None:
-        """Return when a ready worker for each phase is in sight. Decode workers alone would do, but not as asked."""
+        """Return when a ready worker for each phase is in sight, though decode workers alone could serve."""
         ready = asyncio.Event()
         self.pool.subscribe(lambda: ready.set() if self._has_all_phases() else None)
         if not self._has_all_phases():

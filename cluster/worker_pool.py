@@ -163,8 +163,8 @@ class WorkerPool:
         return self._failure or RuntimeError("the pool has failed")
 
     def note_failure(self, error: BaseException) -> None:
-        """Take a bug in whatever follows the workers, here or in a listener, as the pool's own."""
-        logger.error("the gateway can no longer follow its workers", exc_info=error)
+        """Take a bug in whatever follows the workers, here or in who listens, as the pool's own."""
+        logger.error("the gateway can no longer follow its workers, or tell of them", exc_info=error)
         self._failure = self._failure or error
         self._failed.set()
 
