@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ from fuseline.benchmarks.gpu import correctness
 from fuseline.benchmarks.gpu.shapes import Shape
 from fuseline.kernels.cuda import attention, fused, head, launcher, mlp
 from fuseline.kernels.cuda.attention import AttentionTensors
+from fuseline.kernels.cuda.launch import Scratch
 from fuseline.kernels.cuda.launcher import CAPABILITY, default_launcher
 from fuseline.kernels.cuda.library import CudaLibrary
 from fuseline.tests.kernels.cuda.emulation import CUDA, Emulation, build_kernels
@@ -38,12 +40,10 @@ class EmulatedLibrary(CudaLibrary):
         super().__init__(build_kernels("emulated", *sorted(CUDA.glob("*.cu"))))
         self.batches: list[int] = []
         self.shapes: set[tuple[int, int, int]] = set()
-        self._workspaces: set[int] = set()
 
     def begin(self, seed: int) -> None:
         """Queue what follows for a new emulation."""
         self.emulation = Emulation(self.path, seed)
-        self._workspaces.clear()
 
     def call(self, name: str, *arguments: Any) -> int:
         result = super().call(name, *arguments)
@@ -54,13 +54,22 @@ class EmulatedLibrary(CudaLibrary):
 
     def launch(self, name: str, *arguments: Any) -> None:
         args = arguments[0]._obj
-        if args.workspace not in self._workspaces:  # the first launch of a call is the largest
-            self._workspaces.add(args.workspace)
-            size = self.call(f"{name.removesuffix('_block')}_workspace", *arguments)
-            self.emulation.memory("workspace", args.workspace, size, writable=True)
         self.batches.append(args.batch)
         self.shapes.add((args.launch.cluster, args.launch.num_clusters, args.launch.stages))
         super().launch(name, *arguments)
+
+
+class EmulatedScratch(Scratch):
+    """Tells the emulator of the memory that a call gets, which need not be what its launches ask for."""
+
+    def __init__(self, library: EmulatedLibrary) -> None:
+        super().__init__()
+        self._library = library
+
+    def get(self, key: tuple[object, ...], num_bytes: int, device: torch.device) -> Tensor:
+        piece = super().get(key, num_bytes, device)
+        self._library.emulation.memory("workspace", piece.data_ptr(), piece.nbytes, writable=True)
+        return piece
 
 
 class EmulatedOperators:
@@ -119,6 +128,7 @@ def emulated_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[EmulatedLibrary]:
     """
     library = EmulatedLibrary()
     monkeypatch.setattr(launcher, "load_library", lambda: library)
+    monkeypatch.setattr(launcher, "Scratch", partial(EmulatedScratch, library))
     monkeypatch.setattr(correctness, "load_library", lambda: library)
     monkeypatch.setattr(fused, "_usable", lambda device: True)
     monkeypatch.setattr(fused, "OPERATORS", EmulatedOperators(library))
