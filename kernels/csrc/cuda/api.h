@@ -76,7 +76,8 @@ typedef struct {
     float* logits;           // [batch, vocab], or null
     float* candidate_logits; // [batch, num_candidates], best first; of equal ones the lower row first
     int32_t* candidate_rows; // [batch, num_candidates]
-    void* workspace;         // fl_cuda_head_workspace bytes, zeroed once when allocated, one per stream
+    void* workspace;         // fl_cuda_head_workspace bytes, zeroed once when allocated, one per stream; usable for
+                             // smaller batches with the same cluster and num_clusters
     void* stream;
 } fl_head_args;
 

@@ -32,14 +32,10 @@ __host__ __device__ int64_t kept_bytes(const fl_head_args& args) {
     return static_cast<int64_t>(owned) * min(divide_up(args.batch, 8), static_cast<uint32_t>(REDUCE_TILES)) * 512;
 }
 
-// Units of whose logits for one token a CTA owns at most: from unit to unit of a warp its owner moves on by the
-// exchanges of a unit, so it comes back after cluster / common units, and 1 / common of the warps ever own the token.
+// Units of whose logits for one token a CTA owns at most, whatever the batch: from unit to unit of a warp its owner
+// moves on by the exchanges of a unit. Where it comes back sooner than after all ranks, fewer warps ever own the token.
 __host__ __device__ uint32_t max_listed(const fl_head_args& args) {
-    uint32_t common = args.launch.cluster;
-    while (exchanges_of_unit(args) % common != 0) {
-        common /= 2;
-    }
-    return divide_up(LINEAR_WARPS, common) * divide_up(units_of_warp(args) * common, args.launch.cluster);
+    return LINEAR_WARPS * divide_up(units_of_warp(args), args.launch.cluster);
 }
 
 // Their keys and rows, listed by a warp for one token at a time.

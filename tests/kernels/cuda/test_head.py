@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from itertools import product
 
 import numpy as np
 import pytest
@@ -137,6 +138,25 @@ def test_logits_of_a_row_do_not_depend_on_the_batch() -> None:
     for row in (0, 8, 16):
         alone, *_ = run(norm, weight, residual[[row]], None, seed=row, num_clusters=3)
         np.testing.assert_array_equal(alone[0], together[row])
+
+
+@pytest.mark.parametrize("num_candidates", [0, 1, 20])
+@pytest.mark.parametrize("cluster", [1, 2, 4, 8])
+def test_the_workspace_of_a_batch_is_enough_for_smaller_ones(cluster: int, num_candidates: int) -> None:
+    functions = ctypes.CDLL(str(build_kernels("emulated-head", CUDA / "head.cu")))
+    functions.fl_cuda_head_workspace.restype = ctypes.c_int64
+    for vocab, num_clusters in product((90, 4000, 32000, 151936), (1, 2, 11, 32)):
+        args = HEADER.structs["fl_head_args"](
+            version=HEADER.constants["FL_CUDA_API"],
+            hidden=5120,
+            vocab=vocab,
+            num_candidates=num_candidates,
+            launch=HEADER.structs["fl_launch"](cluster=cluster, num_clusters=num_clusters, stages=2),
+        )
+        sizes = []
+        for args.batch in range(1, 65):
+            sizes.append(functions.fl_cuda_head_workspace(ctypes.byref(args)))
+        assert sizes == sorted(sizes), (vocab, num_clusters)
 
 
 @pytest.mark.parametrize("cluster", [1, 2, 4])

@@ -1,6 +1,7 @@
 """Ops on an emulated GPU, from the op to the kernel and back, judged as the GPU suite judges a real one."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,11 @@ import torch
 from fuseline.benchmarks.gpu import correctness
 from fuseline.benchmarks.gpu.cases import TINY, AttentionCase, DenseCase
 from fuseline.benchmarks.gpu.correctness import Checks
+from fuseline.benchmarks.gpu.planning import launched_by
+from fuseline.benchmarks.gpu.shapes import EPS, Shape
+from fuseline.kernels.cuda.choices import Choice, LaunchTable, Spread
+from fuseline.kernels.cuda.head import head_problem
+from fuseline.kernels.cuda.layout import MAX_SHARED_BYTES
 from fuseline.tests.kernels.cuda.emulated_gpu import LEAST, EmulatedLibrary, emulated_gpu
 
 __all__ = ["emulated_gpu"]  # a fixture
@@ -36,6 +42,27 @@ def test_more_tokens_than_a_launch_takes_are_cut(
     check(checks)
     assert checks.wrong == []
     assert emulated_gpu.batches == launches
+
+
+@pytest.mark.parametrize(
+    ("shape", "cluster", "clusters", "batches"),
+    [
+        # 48 rows are listed by more warps of a cluster of 8 than 64.
+        (replace(LEAST, hidden=256), 8, {64: 1}, [48]),
+    ],
+    ids=["fewer rows"],
+)
+def test_no_launch_of_candidates_has_too_little_scratch_memory(
+    shape: Shape, cluster: int, clusters: dict[int, int], batches: list[int], emulated_gpu: EmulatedLibrary
+) -> None:
+    head = head_problem(emulated_gpu, shape.hidden, shape.vocab, 1, EPS)
+    spreads = tuple(Spread(batch, count, 2, MAX_SHARED_BYTES) for batch, count in clusters.items())
+    checks = Checks()
+    with launched_by(LaunchTable.of([Choice(head.name, head.phases, cluster, spreads)])):
+        for batch in batches:
+            correctness.check_head(DenseCase("scratch", shape, batch), CPU, checks)
+    assert checks.wrong == []
+    assert emulated_gpu.shapes == {(cluster, count, 2) for count in clusters.values()}
 
 
 @pytest.mark.parametrize("cluster", [1, 2])
