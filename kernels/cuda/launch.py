@@ -63,7 +63,7 @@ class Problem:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """Problems of equal keys are planned alike and share scratch memory."""
+        """Problems of equal keys are planned alike, and share scratch memory where they need as much."""
         return (self.name, *self.dims)
 
 
@@ -176,7 +176,7 @@ def _limits(
 
 
 class Scratch:
-    """Scratch memory of the kernels: one piece for each kind of use on each stream, zeroed once, never given back.
+    """Scratch memory of the kernels: a piece for each use and size on each stream, zeroed once, never given back.
 
     A captured graph keeps pointers into it, so a piece is never moved; it is made for the largest batch at once.
     """
@@ -185,18 +185,19 @@ class Scratch:
         self._pieces: dict[tuple[object, ...], torch.Tensor] = {}
 
     def get(self, key: tuple[object, ...], num_bytes: int, device: torch.device) -> torch.Tensor:
-        """The piece of ``key`` on the current stream of ``device``.
+        """The piece of ``key`` that has ``num_bytes``, on the current stream of ``device``.
 
         Raises:
             LaunchError: a graph is being captured and the piece does not exist yet; or there are too many.
         """
         stream = torch.cuda.current_stream(device).cuda_stream
-        piece = self._pieces.get((*key, device, stream))
+        found = (*key, num_bytes, device, stream)
+        piece = self._pieces.get(found)
         if piece is None:
             if torch.cuda.is_current_stream_capturing():
                 raise LaunchError("run a block once on this stream before capturing it: it needs scratch memory")
             if len(self._pieces) >= MAX_SCRATCH:
                 raise LaunchError(f"more than {MAX_SCRATCH} kinds of scratch memory on all streams")
             piece = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
-            self._pieces[*key, device, stream] = piece
+            self._pieces[found] = piece
         return piece

@@ -49,8 +49,10 @@ def test_more_tokens_than_a_launch_takes_are_cut(
     [
         # 48 rows are listed by more warps of a cluster of 8 than 64.
         (replace(LEAST, hidden=256), 8, {64: 1}, [48]),
+        # More clusters than the launch before needs more memory.
+        (LEAST, 2, {8: 1, 64: 2}, [3, 33]),
     ],
-    ids=["fewer rows"],
+    ids=["fewer rows", "more clusters"],
 )
 def test_no_launch_of_candidates_has_too_little_scratch_memory(
     shape: Shape, cluster: int, clusters: dict[int, int], batches: list[int], emulated_gpu: EmulatedLibrary
