@@ -54,6 +54,7 @@ __all__ = [
     "kv_store",
     "linear",
     "mlp_block",
+    "packs_weights",
     "paged_attention",
     "plan_attention",
     "prepare_attention",
@@ -340,3 +341,12 @@ def prepare_mlp(weights: MlpWeights) -> MlpWeights:
 def prepare_head(weight: Weight, *, keep: bool) -> Weight:
     """Likewise for ``head``. ``keep``: others use the weight given, as tied embeddings do."""
     return fused.prepare_head(weight, keep=keep)
+
+
+def packs_weights(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether weights prepared there may lie in an order of their own, so that steps take memory to unpack them in.
+
+    Raises:
+        LaunchError: ``FUSELINE_LAUNCHES`` names a file that is no table.
+    """
+    return fused.packs(dtype, device)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from ..kernels import ops
 from ..kernels.kv_rows import row_width
 from ..kernels.reference.attention_plan import GROUP_TOKENS
 from ..runtime.config import ModelInfo, SchedulerConfig
@@ -69,11 +70,13 @@ def kv_budget_bytes(
     """
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        return int(total * memory_fraction) - (total - free) - step_workspace_bytes(info, scheduler, parallel)
+        return int(total * memory_fraction) - (total - free) - step_workspace_bytes(info, scheduler, parallel, device)
     return int(min(available_memory_bytes() * CPU_FRACTION_OF_FREE, CPU_MAX_BYTES)) // parallel.world_size
 
 
-def step_workspace_bytes(info: ModelInfo, scheduler: SchedulerConfig, parallel: ParallelConfig) -> int:
+def step_workspace_bytes(
+    info: ModelInfo, scheduler: SchedulerConfig, parallel: ParallelConfig, device: torch.device
+) -> int:
     """An upper estimate of a GPU step's temporaries: activations of one layer, logits as computed and in float32,
     what sampler and attention need beside them, the KV that attention gathers, and a packed weight's rows."""
     shape, tp = info.shape, parallel.tensor_parallel_size
@@ -84,7 +87,8 @@ def step_workspace_bytes(info: ModelInfo, scheduler: SchedulerConfig, parallel: 
     num_logits = scheduler.max_num_seqs + min(scheduler.max_num_batched_tokens, MAX_PROMPT_LOGPROB_TOKENS)
     logits = num_logits * shape.vocab_size * (itemsize + 4)
     activations = int((scheduler.max_num_batched_tokens * per_token + logits) * _WORKSPACE_SLACK)
-    return activations + _gather_bytes(info, tp) + _unpacked_bytes(info, tp) + 256 * 2**20
+    unpacked = _unpacked_bytes(info, tp) if ops.packs_weights(DTYPES[info.dtype], device) else 0
+    return activations + _gather_bytes(info, tp) + unpacked + 256 * 2**20
 
 
 def _gather_bytes(info: ModelInfo, tp: int) -> int:
@@ -98,8 +102,6 @@ def _gather_bytes(info: ModelInfo, tp: int) -> int:
 
 def _unpacked_bytes(info: ModelInfo, tp: int) -> int:
     """Of the largest weight, which the GPU's blocks have in an order of their own, and torch needs in rows."""
-    if DTYPES[info.dtype] != torch.bfloat16:
-        return 0
     shape = info.shape
     rows = max(
         (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim, 2 * shape.intermediate_size, shape.vocab_size

@@ -150,6 +150,11 @@ def prepare_head(weight: Weight, *, keep: bool) -> Weight:
     return _pack(weight, keep=keep) if _packable(weight) else weight
 
 
+def packs(dtype: torch.dtype, device: torch.device) -> bool:
+    """See ``ops.packs_weights``."""
+    return dtype == torch.bfloat16 and _usable(device)
+
+
 @cache
 def _usable(device: torch.device) -> bool:
     """A Hopper GPU, and kernels for it.
@@ -170,10 +175,7 @@ def _packable(weight: Weight) -> TypeGuard[Tensor]:
     mapped checkpoint's, which only a CPU computes from.
     """
     return (
-        isinstance(weight, Tensor)
-        and weight.dtype == torch.bfloat16
-        and weight.shape[1] % (2 * STEP_COLS) == 0
-        and _usable(weight.device)
+        isinstance(weight, Tensor) and weight.shape[1] % (2 * STEP_COLS) == 0 and packs(weight.dtype, weight.device)
     )
 
 

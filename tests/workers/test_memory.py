@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import psutil
 import pytest
 import torch
 
+from fuseline.kernels.cuda import fused
 from fuseline.runtime.config import ModelInfo, SchedulerConfig
 from fuseline.runtime.errors import ResourceExhaustedError
 from fuseline.runtime.sharding import ModelShape, ParallelConfig
@@ -23,6 +25,7 @@ from fuseline.workers.memory import (
 )
 
 INFO = ModelInfo("m", "f", ModelShape(6, 8, 2, 64, 512, 1024, 1000), "bfloat16", 1000, (0,))
+CPU = torch.device("cpu")
 SCHEDULER = SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=64)
 
 
@@ -49,24 +52,23 @@ def test_blocks_fill_the_budget_but_not_more_than_can_be_used() -> None:
 
 
 def test_the_default_on_a_cpu_is_bounded_and_shared_by_the_ranks() -> None:
-    cpu = torch.device("cpu")
     assert available_memory_bytes() > 0
-    whole = kv_budget_bytes(cpu, INFO, SCHEDULER, ParallelConfig(), 0.9)
+    whole = kv_budget_bytes(CPU, INFO, SCHEDULER, ParallelConfig(), 0.9)
     assert 0 < whole <= CPU_MAX_BYTES
-    assert kv_budget_bytes(cpu, INFO, SCHEDULER, ParallelConfig(4), 0.9) <= CPU_MAX_BYTES // 4
+    assert kv_budget_bytes(CPU, INFO, SCHEDULER, ParallelConfig(4), 0.9) <= CPU_MAX_BYTES // 4
 
 
 def test_workspace_grows_with_the_step() -> None:
     wider = SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=64_000)
-    more = step_workspace_bytes(INFO, wider, ParallelConfig()) - step_workspace_bytes(
-        INFO, SCHEDULER, ParallelConfig()
+    more = step_workspace_bytes(INFO, wider, ParallelConfig(), CPU) - step_workspace_bytes(
+        INFO, SCHEDULER, ParallelConfig(), CPU
     )
     assert more > 63_000 * 512 * 2
 
 
 def test_workspace_holds_what_attention_gathers() -> None:
     def needed(**changes: Any) -> int:
-        return step_workspace_bytes(replace(INFO, **changes), SCHEDULER, ParallelConfig())
+        return step_workspace_bytes(replace(INFO, **changes), SCHEDULER, ParallelConfig(), CPU)
 
     per_token = 2 * 2 * 64  # keys and values of two heads
     assert needed(max_model_len=100_000) - needed(max_model_len=50_000) == 50_000 * per_token * 2
@@ -77,13 +79,17 @@ def test_workspace_holds_what_attention_gathers() -> None:
     assert needed(max_model_len=16) == needed(max_model_len=1000), "short contexts are gathered together"
 
 
-def test_workspace_holds_a_weight_s_rows() -> None:
-    """bfloat16 weights may be packed, float16 ones never are; all else is the same."""
-    packed, whole = (
-        step_workspace_bytes(replace(INFO, dtype=dtype), SCHEDULER, ParallelConfig(2))
-        for dtype in ("bfloat16", "float16")
-    )
-    assert packed - whole == 1024 * 512 * 2  # gate and up
+def test_a_gpu_that_packs_weights_has_room_for_a_weight_s_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of bfloat16, where there are kernels that want them packed; all else is the same."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**33, 2**34))
+    budgets = {}
+    for usable, dtype in product((True, False), ("bfloat16", "float16")):
+        monkeypatch.setattr(fused, "_usable", lambda device, usable=usable: usable)
+        budgets[usable, dtype] = kv_budget_bytes(
+            torch.device("cuda:0"), replace(INFO, dtype=dtype), SCHEDULER, ParallelConfig(2), 0.9
+        )
+    packed = budgets.pop((True, "bfloat16"))
+    assert {budget - packed for budget in budgets.values()} == {1024 * 512 * 2}  # gate and up
 
 
 @pytest.mark.parametrize("num_bytes", [2**60, 2**70])
