@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fuseline.benchmarks.gpu import collectives
+from fuseline.benchmarks.gpu.collectives import Collective
 from fuseline.benchmarks.gpu.device import CpuDevice
 from fuseline.kernels.cuda.library import CudaLibrary
 from fuseline.tests.kernels.cuda.emulated_gpu import EmulatedLibrary
@@ -39,4 +40,17 @@ def test_every_form_is_measured_and_right(kind: str, forms: list[str], monkeypat
     monkeypatch.setattr(collectives, "REPEATS", 2)
     figure = collectives.measure(EmulatedCollectives(), CpuDevice(), kind, 2, 64)
     assert (list(figure.us), list(figure.launched_us), figure.wrong) == (forms, forms, [])
-    assert figure.record()["speedup"] == figure.us["off chip"] / min(figure.us[form] for form in forms[:-1])
+
+
+@pytest.mark.parametrize(("cluster", "elements", "of_target"), [(4, 512, True), (4, 64, False), (8, 512, False)])
+def test_the_best_form_on_the_chip_is_compared_with_the_way_off_it(
+    cluster: int, elements: int, of_target: bool
+) -> None:
+    us = {"one shot": 4.0, "scatter": 2.0, "off chip": 7.0}
+    launched_us = {"one shot": 8.0, "scatter": 10.0, "off chip": 12.0}
+    figure = Collective("reduce", cluster, 32, elements, us, launched_us, [])
+    found = figure.record()
+    assert (found["speedup"], found["launched_speedup"], found["of_target"]) == (3.5, 1.5, of_target)
+    del us["off chip"], launched_us["off chip"]  # it cannot run where not all CTAs are resident
+    found = figure.record()
+    assert (found["speedup"], found["launched_speedup"], found["of_target"]) == (None, None, False)
