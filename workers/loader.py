@@ -132,13 +132,13 @@ def load_model(
     path: Path,
     config: DecoderConfig,
     dtype: str,
+    kv_dtype: str,
     device: torch.device,
     parallel: ParallelConfig,
     rank: int,
     communicators: GroupCommunicators,
     progress: Progress | None = None,
     quantization: str = "auto",
-    kv_cache_dtype: str = "auto",
 ) -> DecoderModel:
     """Load what ``rank`` holds; of every tensor only the rank's own slice is read.
 
@@ -147,8 +147,9 @@ def load_model(
 
     Args:
         dtype: "float32", "bfloat16" or "float16"; floats stored otherwise are converted.
+        kv_dtype: of its KV cache, as ``ModelInfo.kv_dtype``.
         progress: called with the bytes read so far and the bytes this rank will have read.
-        quantization, kv_cache_dtype: as for ``model_info``.
+        quantization: as for ``model_info``.
 
     Raises:
         ModelFormatError: the weights are missing, malformed, or not those that ``config`` describes.
@@ -177,8 +178,7 @@ def load_model(
             for done in fill(checkpoint, quantized):
                 report.add(int(done * size) - before)
                 before = int(done * size)
-    kv_dtype = None if kv_cache_dtype == "auto" else KV_DTYPES[kv_cache_dtype]
-    return DecoderModel(config, parallel, rank, layout.weights, communicators.tp, kv_dtype)
+    return DecoderModel(config, parallel, rank, layout.weights, communicators.tp, KV_DTYPES[kv_dtype])
 
 
 class _Report:

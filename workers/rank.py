@@ -42,7 +42,6 @@ from .handoffs import KvPush, RankHandoffs
 from .loader import Progress, load_model, model_info, resolve_model
 from .memory import kv_budget_bytes, max_kv_blocks
 from .model_runner import ModelRunner
-from .models.config import KV_DTYPES
 from .models.decoder import DecoderModel
 from .models.registry import load_model_config
 from .rank_protocol import (
@@ -210,13 +209,13 @@ class RankWorker:
             path,
             load_model_config(path),
             info.dtype,
+            info.kv_dtype,
             self._device,
             parallel,
             self.rank,
             self._communicators,
             _LoadingReporter(self.rank, self._progress),
             info.quantization,
-            info.kv_cache_dtype,
         )
         self._config = config
         if config.num_kv_blocks is not None:
@@ -232,7 +231,7 @@ class RankWorker:
             raise InternalError("the KV cache was asked for before the model was loaded")
         cache = message.cache
         engine_config = EngineConfig(config.info, cache, config.scheduler, config.parallel)
-        kv_cache = model.new_kv_cache(cache.num_blocks, cache.block_size, KV_DTYPES[config.info.kv_dtype])
+        kv_cache = model.new_kv_cache(cache.num_blocks, cache.block_size)
         self._runner = ModelRunner(
             model, kv_cache, engine_config, communicators.pp, is_first_of_stage=communicators.tp.rank == 0
         )

@@ -25,7 +25,7 @@ from fuseline.workers.models.registry import load_model_config
 
 def load(path: Path) -> None:
     solo = GroupCommunicators(SoloCommunicator(), SoloCommunicator())
-    load_model(path, load_model_config(path), "float32", torch.device("cpu"), ParallelConfig(), 0, solo)
+    load_model(path, load_model_config(path), "float32", "float32", torch.device("cpu"), ParallelConfig(), 0, solo)
 
 
 def truncate(path: Path) -> None:

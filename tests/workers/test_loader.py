@@ -34,7 +34,7 @@ SOLO = GroupCommunicators(SoloCommunicator(), SoloCommunicator())
 
 
 def load(path: Path, parallel: ParallelConfig = ALONE, rank: int = 0, dtype: str = "float32") -> DecoderModel:
-    return load_model(path, load_model_config(path), dtype, CPU, parallel, rank, SOLO)
+    return load_model(path, load_model_config(path), dtype, dtype, CPU, parallel, rank, SOLO)
 
 
 def held_elements(model: DecoderModel) -> int:
@@ -128,7 +128,15 @@ def test_progress_ends_at_the_total_and_pieces_are_small(tmp_path: Path, monkeyp
     seen: list[tuple[int, int]] = []
     config = load_model_config(tmp_path)
     loaded = load_model(
-        tmp_path, config, "float32", CPU, ParallelConfig(), 0, SOLO, lambda *progress: seen.append(progress)
+        tmp_path,
+        config,
+        "float32",
+        "float32",
+        CPU,
+        ParallelConfig(),
+        0,
+        SOLO,
+        lambda *progress: seen.append(progress),
     )
     total = 2 * sum(parameter.numel() for parameter in model.parameters())
     assert seen[-1] == (total, total)
@@ -170,7 +178,7 @@ def test_mapping_reports_its_progress(tmp_path: Path, monkeypatch: pytest.Monkey
     write_checkpoint(tmp_path, model)
     seen: list[tuple[int, int]] = []
     config = load_model_config(tmp_path)
-    load_model(tmp_path, config, "float32", CPU, ALONE, 0, SOLO, lambda *progress: seen.append(progress))
+    load_model(tmp_path, config, "float32", "float32", CPU, ALONE, 0, SOLO, lambda *progress: seen.append(progress))
     total = 4 * sum(parameter.numel() for parameter in model.parameters())
     assert seen[-1] == (total, total)
     steps = [after[0] - before[0] for before, after in zip([(0, 0), *seen], seen, strict=False)]

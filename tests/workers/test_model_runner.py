@@ -42,7 +42,7 @@ def runner(tiny: Tiny) -> ModelRunner:
     solo = SoloCommunicator()
     communicators = GroupCommunicators(solo, solo)
     model = load_model(
-        path, load_model_config(path), "float32", torch.device("cpu"), ParallelConfig(), 0, communicators
+        path, load_model_config(path), "float32", "float32", torch.device("cpu"), ParallelConfig(), 0, communicators
     )
     return ModelRunner(model, model.new_kv_cache(32, 4), config, solo, is_first_of_stage=True)
 

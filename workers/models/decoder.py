@@ -30,7 +30,7 @@ class DecoderModel:
     """One rank's share of a decoder.
 
     Args:
-        kv_dtype: of the caches that it will be used with; None for its own.
+        kv_dtype: of its caches: that of the weights, or int8.
 
     Attributes:
         config: of the whole model.
@@ -45,13 +45,13 @@ class DecoderModel:
         rank: int,
         weights: DecoderWeights,
         tp: Communicator,
-        kv_dtype: torch.dtype | None = None,
+        kv_dtype: torch.dtype,
     ) -> None:
-        norm = weights.layers[0].attention.norm
-        self._dtype, self._device = norm.dtype, norm.device
+        self._device = weights.layers[0].attention.norm.device
+        self._kv_dtype = kv_dtype
         self.config = config
         # Those given are not kept: their memory may be taken.
-        self.weights = weights = prepare_weights(weights, kv_dtype or self._dtype)
+        self.weights = weights = prepare_weights(weights, kv_dtype)
         self._parallel = parallel
         self._rank = rank
         self._tp = tp
@@ -65,16 +65,11 @@ class DecoderModel:
         self._ranges = every if self._sums else ((0, end),)
         self._layer_ranges = every if self._sums else tuple(pairwise((0, *range(2, end + 1, 2))))
 
-    def new_kv_cache(self, num_blocks: int, block_size: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Zeros for this rank's layers and KV heads: [layers, 2, num_blocks, kv_heads, block_size, row_width].
-
-        Args:
-            dtype: int8, see ``kernels.kv_rows``, or None for the model's own.
-        """
+    def new_kv_cache(self, num_blocks: int, block_size: int) -> Tensor:
+        """Zeros for this rank's layers and KV heads: [layers, 2, num_blocks, kv_heads, block_size, row_width]."""
         held = kv_range(self.config.shape(), self._parallel, self._rank)
-        dtype = dtype or self._dtype
-        width = row_width(self.config.head_dim, dtype)
-        return lazy_zeros((held.num_layers, 2, num_blocks, held.num_heads, block_size, width), dtype, self._device)
+        shape = (held.num_layers, 2, num_blocks, held.num_heads, block_size)
+        return lazy_zeros((*shape, row_width(self.config.head_dim, self._kv_dtype)), self._kv_dtype, self._device)
 
     def forward(
         self,

@@ -56,7 +56,6 @@ class Driver:
         block_size: int,
         num_blocks: int,
         seed: int,
-        kv_dtype: torch.dtype | None,
     ) -> None:
         self.models = models
         self._communicators = communicators
@@ -64,8 +63,9 @@ class Driver:
         self._block_size = block_size
         self._free = list(range(num_blocks))
         random.Random(seed).shuffle(self._free)
-        poison = -1 if kv_dtype == torch.int8 else float("nan")
-        self.caches = [model.new_kv_cache(num_blocks, block_size, kv_dtype).fill_(poison) for model in models]
+        self.caches = [model.new_kv_cache(num_blocks, block_size) for model in models]
+        for cache in self.caches:
+            cache.fill_(-1 if cache.dtype == torch.int8 else float("nan"))
         self._buffers = ForwardBuffers(16, MAX_TOKENS, num_blocks, CPU)
         self._pool = ThreadPoolExecutor(parallel.world_size)
 
@@ -157,9 +157,12 @@ def run_group(
     num_blocks: int = 256,
     seed: int = 0,
     quantization: str = "auto",
-    kv_dtype: torch.dtype | None = None,
+    kv_dtype: str | None = None,
 ) -> Iterator[Driver]:
-    """Load the checkpoint on ``tp * pp`` ranks of this process, joined by real communicators."""
+    """Load the checkpoint on ``tp * pp`` ranks of this process, joined by real communicators.
+
+    ``kv_dtype`` is that of the weights when it is None.
+    """
     set_num_threads(1)  # ranks that wait for one another cannot take turns with a larger team
     parallel = ParallelConfig(tp, pp)
     config = load_model_config(path)
@@ -178,16 +181,16 @@ def run_group(
                 path,
                 config,
                 dtype,
+                kv_dtype or dtype,
                 CPU,
                 parallel,
                 rank,
                 communicators[rank],
                 quantization=quantization,
-                kv_cache_dtype="int8" if kv_dtype == torch.int8 else "auto",
             )
             for rank in range(parallel.world_size)
         ]
-        driver = Driver(models, communicators, parallel, block_size, num_blocks, seed, kv_dtype)
+        driver = Driver(models, communicators, parallel, block_size, num_blocks, seed)
         yield driver
     finally:
         if driver is not None:

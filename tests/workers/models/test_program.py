@@ -57,7 +57,7 @@ def test_both_programs_keep_the_same_int8_kv(
     results = []
     for library in (native_library(), None):
         monkeypatch.setattr(program, "native_library", lambda library=library: library)
-        with run_group(tmp_path, tp=tp, pp=pp, kv_dtype=torch.int8) as driver:
+        with run_group(tmp_path, tp=tp, pp=pp, kv_dtype="int8") as driver:
             results.append(torch.cat(random_schedule(driver, prompts, 1)))
     exact = torch.cat([reference_logits(model, prompt) for prompt in prompts])
     apart, off = ((one - other).square().mean().sqrt() for one, other in (results, (results[0], exact)))

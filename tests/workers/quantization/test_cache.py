@@ -42,7 +42,7 @@ def model(tmp_path: Path) -> Path:
 def load(path: Path, quantization: str = "int8", parallel: ParallelConfig = ALONE, rank: int = 0) -> DecoderWeights:
     config = load_model_config(path)
     loaded = loader.load_model(
-        path, config, "float32", torch.device("cpu"), parallel, rank, SOLO, quantization=quantization
+        path, config, "float32", "float32", torch.device("cpu"), parallel, rank, SOLO, quantization=quantization
     )
     return loaded.weights
 

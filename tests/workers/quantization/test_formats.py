@@ -47,7 +47,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def load(path: Path, parallel: ParallelConfig = ALONE, rank: int = 0) -> DecoderWeights:
-    return load_model(path, load_model_config(path), "float32", CPU, parallel, rank, SOLO).weights
+    return load_model(path, load_model_config(path), "float32", "float32", CPU, parallel, rank, SOLO).weights
 
 
 def restore(weight: object) -> torch.Tensor:

@@ -28,7 +28,9 @@ CPU = torch.device("cpu")
 def load(path: Path, quantization: str, tp: int = 1, rank: int = 0) -> DecoderWeights:
     config = load_model_config(path)
     parallel = ParallelConfig(tp)
-    return load_model(path, config, "float32", CPU, parallel, rank, SOLO, quantization=quantization).weights
+    return load_model(
+        path, config, "float32", "float32", CPU, parallel, rank, SOLO, quantization=quantization
+    ).weights
 
 
 def test_the_names_are_those_that_the_command_line_knows() -> None:
