@@ -5,9 +5,6 @@
 
 namespace fuseline {
 
-// Columns whose part of x stays in a cache while rows of W go past.
-constexpr int64_t kColBlock = 1024;
-
 // Elements of a row of W that are taken at once along cols, and how they become vectors: for bf16 the even ones, then
 // the odd, since a vector of bf16 read as 32-bit integers is widened by a shift and a mask, without a shuffle. So
 // element kElements * i + e falls to lane e / kVectors.

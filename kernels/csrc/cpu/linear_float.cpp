@@ -6,9 +6,7 @@
 // does not depend on which block an element falls into.
 //
 // Packed x: blocks of kColBlock columns, in each the panels of kPanel rows (the last may have fewer), in each panel
-// [vectors along cols][rows of the panel][kLanes], zero beyond cols. For bf16 weights each pair of vectors holds the
-// even, then the odd elements of 2 * kLanes: a vector of bf16 read as 32-bit integers is widened by a shift and a mask,
-// without a shuffle.
+// [vectors along cols][rows of the panel][kLanes], zero beyond cols; which elements a vector holds, Step tells.
 #include "linear_float.h"
 
 #include <type_traits>
@@ -21,6 +19,8 @@ namespace fuseline {
 namespace {
 
 constexpr int kPanel = 4;
+// Columns whose part of x stays in a cache while rows of W go past.
+constexpr int64_t kColBlock = 1024;
 
 template <class T, int Rows, int Cols>
 inline __attribute__((always_inline)) void multiply(const T* const (&w)[Rows], int64_t at, const float* x,

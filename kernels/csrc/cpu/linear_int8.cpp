@@ -252,17 +252,17 @@ void multiply_with_tiles(const LinearWeight& weight, Range rows, const Packed& x
     for (int64_t block = 0; block < m; block += kRowBlock) {
         const int64_t block_end = std::min(block + kRowBlock, m);
         for (int64_t row = rows.begin; row < rows.end; row += 2 * kPanelRows) {
-            const bool two_panels = row + kPanelRows < rows.end;
+            const int num_panels = row + kPanelRows < rows.end ? 2 : 1;
             const int8_t* panels[] = {panel_of(weight, row, x.cols),
-                                      two_panels ? panel_of(weight, row + kPanelRows, x.cols) : nullptr};
+                                      num_panels == 2 ? panel_of(weight, row + kPanelRows, x.cols) : nullptr};
             for (int64_t first = block; first < block_end; first += 2 * kTileRows) {
                 const int8_t* input = x.row(first);
                 const bool two_tiles = first + kTileRows < block_end;
-                auto* multiply = two_panels ? (two_tiles ? multiply_tiles<2, 2> : multiply_tiles<1, 2>)
-                                            : (two_tiles ? multiply_tiles<2, 1> : multiply_tiles<1, 1>);
+                auto* multiply = num_panels == 2 ? (two_tiles ? multiply_tiles<2, 2> : multiply_tiles<1, 2>)
+                                                 : (two_tiles ? multiply_tiles<2, 1> : multiply_tiles<1, 1>);
                 multiply(tiles, panels, input, x.cols, sums[0]);
                 const Range some{first, std::min(first + 2 * kTileRows, block_end)};
-                for (int i = 0; i <= two_panels; ++i)
+                for (int i = 0; i < num_panels; ++i)
                     finish(weight, row + i * kPanelRows, x, some, sums[0] + i * kPanelRows, 2 * kPanelRows, y,
                            y_stride);
             }
