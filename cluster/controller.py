@@ -280,6 +280,7 @@ class Controller:
         member = Member(found, report.num_restarts)
         member.take(report, now)
         self._roster.members[worker_id] = member
+        self._roster.histories = {**self._roster.histories, report.slot: SlotHistory(report.num_restarts)}
         member.follower = watched(self._follow(member, None), self._note_bug)
         logger.info("found %s again, %s", worker_id, report.state)
 

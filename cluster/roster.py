@@ -115,7 +115,7 @@ class Roster:
         message = replica.reason
         if replica.state is ReplicaState.STARTING:
             message = "" if member.node else "waits for its process"
-            if history is not None:
+            if history is not None and history.reason:
                 message = f"replaces one that failed: {history.reason}"
         return ReplicaRow(
             worker_id=replica.worker_id,

@@ -109,6 +109,20 @@ async def test_a_new_controller_finds_workers_and_target_of_the_old_one() -> Non
     assert cluster.num_started == 4
 
 
+async def test_a_new_controller_goes_on_counting_what_a_place_has_lost() -> None:
+    cluster, store = Cluster(), Store()
+    async with running(cluster, store) as controller:
+        _, first = await reached(controller)
+        cluster.kill(first)
+        await until(controller, lambda status: any(row.num_restarts for row in status.replicas))
+        both = await reached(controller)
+    async with running(cluster, store) as controller:
+        assert await reached(controller) == both
+        assert not (await controller.status()).replicas[1].message
+        cluster.kill(both[1])
+        await until(controller, lambda status: any(row.num_restarts == 2 for row in status.replicas))
+
+
 async def test_a_worker_that_keeps_failing_is_shown_with_its_reason_and_tried_again() -> None:
     cluster = Cluster(on_start=lambda worker: worker.become(ReplicaState.FAILED, "no such model"))
     async with running(cluster) as controller:
