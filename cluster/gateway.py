@@ -45,7 +45,7 @@ class GatewayConfig:
     Attributes:
         port: 0 lets the system choose.
         block_size, enable_prefix_caching: of the workers' engines.
-        max_queued_tokens: a prefill worker with more prompt tokens before it gets no new ones; they wait here.
+        max_queued_tokens: see ``Router``; prompts wait here instead.
         max_num_sequences: most sequences under way or waiting; one more is refused with a hint to retry.
     """
 

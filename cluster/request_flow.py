@@ -12,14 +12,16 @@
       | <------------- second token, ...
 
 The two open streams are the sequence's lease: whatever ends ``outputs`` (an end, an error, a cancellation) cancels
-both, and the workers free what they hold. Until the decode stream's first output nothing is lost by starting over:
-the next attempt has another epoch, so that late KV of this one is refused, and samples the same first token, which is
-not given out twice.
+both, and the workers free what they hold. Until decode has given something nothing is lost by starting over: the next
+attempt has another epoch, so that late KV of this one is refused, and samples the same first token, which is not
+given out twice. Only when it then falls to decode to compute the prompt, and the pools differ in their parallelism,
+may the first token be another one; the sequence then ends.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -47,6 +49,8 @@ from ..workers.grpc_errors import error_from_rpc, is_being_cancelled
 from .dispatcher import Dispatcher, WaitedTooLongError
 from .router import RoutingQuery
 from .worker_pool import Assignment
+
+logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3
 # Most that a sequence waits for room, over all attempts; those in a hurry have a deadline.
@@ -188,6 +192,7 @@ class SequenceFlow:
                 error = self._judged(failed)
                 if self._started or error.code not in _RETRYABLE or epoch == MAX_ATTEMPTS:
                     raise error from None
+                logger.warning("%s is tried again: worker %s: %s", self._request.request_id, failed.worker_id, error)
                 known = self._query.failed_workers
                 self._query = replace(self._query, failed_workers=known | {failed.worker_id})
             finally:
@@ -251,16 +256,17 @@ class SequenceFlow:
                 if first.finish_reason:
                     return
                 await _handed_over(prefill, decode)
+            has_begun = False
             while True:
                 event = await decode.next()
                 output: common_pb2.SequenceOutput | None = event.output
-                if not self._started:
-                    self._started = True
+                if not has_begun:
+                    has_begun = True
                     assignment.prefilled()
                     assignment.decoding()
-                    if local:
-                        output = self._unsent(event.output)
+                    output = self._unsent(event.output, by_decode=True) if local else output
                 if output is not None:
+                    self._started = True
                     yield output
                 if event.output.finish_reason:
                     return
@@ -289,11 +295,14 @@ class SequenceFlow:
             )
         return failed.error
 
-    def _unsent(self, output: common_pb2.SequenceOutput) -> common_pb2.SequenceOutput | None:
+    def _unsent(
+        self, output: common_pb2.SequenceOutput, *, by_decode: bool = False
+    ) -> common_pb2.SequenceOutput | None:
         """Of the output that a try begins with, what no earlier one has given out; None if that is nothing.
 
         Raises:
-            InternalError: it begins with another token, so that the text given out is no prefix of the answer.
+            InternalError: it begins with another token, so that the text given out is no prefix of the answer;
+                UnavailableError if the decode worker computed it, whose sums may have other parts.
         """
         first = tuple(output.token_ids[:1])
         if not first:
@@ -302,7 +311,8 @@ class SequenceFlow:
             self._first = first
             return output
         if self._first != first:
-            raise InternalError(f"the first token was {self._first}, a retry sampled {first}")
+            told = f"the first token was {self._first}, a retry sampled {first}"
+            raise UnavailableError(told) if by_decode else InternalError(told)
         rest = common_pb2.SequenceOutput()
         rest.CopyFrom(output)
         del rest.token_ids[:1]
@@ -318,8 +328,8 @@ class SequenceFlow:
 async def _first_token(prefill: _Leg, decode: _Leg) -> common_pb2.SequenceOutput:
     """The prefill worker's token, unless either leg fails before."""
     await asyncio.wait({prefill.reading(), decode.reading()}, return_when=asyncio.FIRST_COMPLETED)
-    if not prefill.reading().done() and _failed(decode.reading()):
-        await decode.next()
+    if _failed(decode.reading()) and (not prefill.reading().done() or _failed(prefill.reading())):
+        await decode.next()  # first, since prefill fails where decode has
     event = await prefill.next()
     if event.WhichOneof("event") != "first_token":
         raise _LegError(prefill.worker_id, InternalError("the prefill worker answered without a first token"))

@@ -113,8 +113,8 @@ class Router:
     max_queued_tokens: int = 8192
 
     def route(self, query: RoutingQuery, replicas: Collection[ReplicaSnapshot]) -> RoutingDecision:
-        """Choose the cheapest workers. Draining replicas never; one that failed the sequence decodes it again only
-        when there is no other, and never computes its prompt for another.
+        """Choose the cheapest workers. Draining replicas never; those that failed the sequence only when there is no
+        other, and decode workers have no time to compute prompts.
 
         Raises:
             UnavailableError: no decode worker takes requests.
@@ -125,21 +125,11 @@ class Router:
         if not decoders:
             raise UnavailableError("no decode worker takes requests", pool="decode", retry_after_s=1)
         fitting = self._with_room(query, _fresh(query, decoders) or decoders)
-        prefillers = _fresh(query, _available(replicas, WorkerRole.PREFILL))
-        prefill = min(
-            (p for p in prefillers if self._takes_prompts(p)),
-            key=lambda p: (self._prefill_work(query, p), p.worker_id),
-            default=None,
-        )
-        best: tuple[float, str] | None = None
-        decision: RoutingDecision | None = None
-        for decoder in fitting:
-            cost, where = self._cheapest_prefill(query, decoder, prefill, no_prefillers=not prefillers)
-            if where is None:
-                continue
-            score = self._decode_cost(query, decoder) + cost, decoder.worker_id
-            if best is None or score < best:
-                best, decision = score, self._decision(query, decoder, where)
+        prefillers = _available(replicas, WorkerRole.PREFILL)
+        fresh = _fresh(query, prefillers)
+        decision = self._cheapest(query, fitting, fresh)
+        if decision is None and not fresh:
+            decision = self._cheapest(query, fitting, prefillers)
         if decision is None:
             raise BusyError("all that may compute the prompt have a long queue", pool="prefill", retry_after_s=1)
         return decision
@@ -171,6 +161,26 @@ class Router:
                 limit=largest,
             )
         raise BusyError(f"no decode worker has {needed} free KV blocks now", pool="decode", retry_after_s=1)
+
+    def _cheapest(
+        self, query: RoutingQuery, decoders: Sequence[ReplicaSnapshot], prefillers: Sequence[ReplicaSnapshot]
+    ) -> RoutingDecision | None:
+        """Of decode workers with room, and of these prefill workers; None when nobody may compute the prompt now."""
+        prefill = min(
+            (p for p in prefillers if self._takes_prompts(p)),
+            key=lambda p: (self._prefill_work(query, p), p.worker_id),
+            default=None,
+        )
+        best: tuple[float, str] | None = None
+        decision: RoutingDecision | None = None
+        for decoder in decoders:
+            cost, where = self._cheapest_prefill(query, decoder, prefill, no_prefillers=not prefillers)
+            if where is None:
+                continue
+            score = self._decode_cost(query, decoder) + cost, decoder.worker_id
+            if best is None or score < best:
+                best, decision = score, self._decision(query, decoder, where)
+        return decision
 
     def _cheapest_prefill(
         self, query: RoutingQuery, decoder: ReplicaSnapshot, prefill: ReplicaSnapshot | None, *, no_prefillers: bool

@@ -41,7 +41,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LONG_POLL_S = 10.0
 RAY_CONNECT_TIMEOUT_S = 5.0
 MAX_GRACE_S = 30.0  # for streams to end when the cluster does; a longer drain_timeout is for replicas that leave it
-PREFILL_QUEUE_STEPS = 4  # a prefill worker's queue is kept below so many full steps
+PREFILL_QUEUE_STEPS = 4  # a worker's queue of others' prompts is kept below so many full steps
 
 STDOUT = 1
 

@@ -157,11 +157,20 @@ async def test_what_was_given_out_with_the_first_token_does_not_come_again() -> 
         assert [len(output.prompt_logprobs) for output in seen] == [1, 0]
 
 
-async def test_a_decode_worker_that_computes_another_first_token_is_told_as_a_bug() -> None:
+async def test_a_decode_worker_that_computes_another_first_token_ends_the_sequence() -> None:
     p, d = prefill("p", [first_token(7), UNAVAILABLE]), decode("d", [reserved(), NEVER()], [output(70), NEVER()])
     async with cluster(p, d) as c:
-        with pytest.raises(InternalError, match="first token was"):
+        with pytest.raises(UnavailableError, match="first token was"):
             await c.run()
+
+
+async def test_a_try_that_has_only_repeated_what_was_given_out_is_followed_by_another() -> None:
+    p = prefill("p", [first_token(7), UNAVAILABLE])
+    first = decode("d0", [reserved(), NEVER()], [output(7), UNAVAILABLE])
+    second = decode("d1", [output(7), output(8, last=True)], num_running=2)
+    async with cluster(p, first, second) as c:
+        assert await c.run() == [7, 8]
+        assert (c.record.decode_worker, c.record.num_retries) == ("d1", 2)
 
 
 async def test_nothing_is_retried_once_decode_has_given_something() -> None:

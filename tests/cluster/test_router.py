@@ -125,20 +125,22 @@ def test_it_refuses_only_when_no_pair_of_workers_can_do_it(
             assert outcome is BusyError
             prefillers = fresh_prefillers(asked, snapshots)
             assert all(d.role is WorkerRole.DECODE for d in with_room)
-            assert all(worker.num_queued_tokens > ROUTER.max_queued_tokens for worker in prefillers or with_room)
+            may_compute = prefillers or [*with_room, *(s for s in snapshots if s.role is WorkerRole.PREFILL)]
+            assert all(s.draining or s.num_queued_tokens > ROUTER.max_queued_tokens for s in may_compute)
         else:
             assert (outcome is BusyError) == any(d.num_total_blocks >= needed for d in candidates)
 
 
 @given(queries, replicas())
 @settings(max_examples=80, deadline=None)
-def test_a_worker_that_failed_the_sequence_only_decodes_it_again_and_only_when_all_did(
+def test_a_worker_that_failed_the_sequence_is_taken_only_when_all_of_its_role_did(
     asked: RoutingQuery, snapshots: list[ReplicaSnapshot]
 ) -> None:
     decision = routed(asked, snapshots)
     if not isinstance(decision, RoutingDecision):
         return
-    assert decision.prefill_worker not in asked.failed_workers
+    if decision.prefill_worker in asked.failed_workers:
+        assert not fresh_prefillers(asked, snapshots)
     if decision.decode_worker in asked.failed_workers:
         peers = [s.worker_id for s in snapshots if s.role is not WorkerRole.PREFILL and not s.draining]
         assert set(peers) <= asked.failed_workers
@@ -198,9 +200,9 @@ def test_decode_workers_compute_prompts_only_while_no_prefill_worker_is_there() 
     for gone in ([], [prefill(draining=True)]):
         assert ROUTER.route(query(1000), [*gone, decode()]) == RoutingDecision(None, "d0", 1000, 63)
     assert ROUTER.route(query(3), [prefill(), decode()]).prefill_worker == "p0"
-    failed = query(1000, failed_workers=frozenset({"p0"}))
+    failed, too_many = query(1000, failed_workers=frozenset({"p0"})), ROUTER.max_queued_tokens + 1
     assert ROUTER.route(failed, [prefill(), decode()]).prefill_worker is None
-    too_many = ROUTER.max_queued_tokens + 1
+    assert ROUTER.route(failed, [prefill(), decode(num_queued_tokens=too_many)]).prefill_worker == "p0"
     for busy in ([prefill(num_queued_tokens=too_many), decode()], [decode(num_queued_tokens=too_many)]):
         with pytest.raises(BusyError, match="long queue"):
             ROUTER.route(query(3), busy)
